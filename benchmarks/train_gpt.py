@@ -1,0 +1,240 @@
+"""The main job: a small GPT learns real text with torch and with nnfast, and the two are laid side by side.
+
+    python benchmarks/train_gpt.py --steps 40 --layers 4 --width 256 --batch 8
+
+Both train from the same seed on the same batches, in turn, step by step, so that whatever else the machine does
+falls on both. The losses must agree; then the table and the picture say what was gained. The text is Python's own
+standard library, which every machine has, or ``--data FILE``, byte by byte.
+"""
+
+import argparse
+import contextlib
+import statistics
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import nnfast
+import nnfast.nn
+import nnfast.optim
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+LIBRARIES = {"torch": (torch.nn, torch.optim), "nnfast": (nnfast.nn, nnfast.optim)}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CONTEXT, HEAD, VOCABULARY = 128, 64, 256
+WARMUP = 3  # steps that are trained and not timed
+
+# How far the losses may lie apart: rounding to 16 bits makes a step's gradient differ by a part in some hundreds,
+# whoever sums it.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
+
+
+def build(nn, layers: int, width: int):
+    """The model, written as anyone would with ``nn`` and ``F``; which library they are is all that differs."""
+    F = nn.functional
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+        def forward(self, x):
+            batch, length, _ = x.shape
+            q, k, v = (
+                t.view(batch, length, -1, HEAD).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(width, dim=-1)
+            )
+            attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.proj(attention.transpose(1, 2).reshape(batch, length, width))
+            return x + self.mlp(self.norm2(x))
+
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token, self.position = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
+            self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
+            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
+
+        def forward(self, tokens, targets):
+            x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
+            logits = self.head(self.norm(self.blocks(x)))
+            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    return GPT()
+
+
+def read_text(path: str | None) -> torch.Tensor:
+    """The bytes of ``path``, or of the standard library's modules, as token numbers."""
+    files = [Path(path)] if path else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    text = b"".join(f.read_bytes() for f in files)
+    if len(text) <= CONTEXT + 1:
+        raise SystemExit(f"train_gpt: {path} has {len(text)} bytes; at least {CONTEXT + 2} are needed")
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+class Run:
+    """One library's model and optimizer, its losses and its step times in seconds."""
+
+    def __init__(self, name: str, options: argparse.Namespace):
+        nn, optim = LIBRARIES[name]
+        torch.manual_seed(0)
+        self.name, self.options = name, options
+        self.model = build(nn, options.layers, options.width).to(options.device)
+        self.optimizer = optim.AdamW(self.model.parameters(), lr=1e-3)
+        self.forward = torch.compile(self.model) if options.compile else self.model
+        self.losses, self.seconds = [], []
+
+    def step(self, tokens, targets) -> None:
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        dtype = DTYPES[self.options.dtype]
+        half = torch.autocast(self.options.device, dtype=dtype) if dtype != torch.float32 else contextlib.nullcontext()
+        with half:
+            loss = self.forward(tokens, targets)
+        loss.backward()
+        self.optimizer.step()
+        self.losses.append(loss.item())  # waits for the device
+        self.seconds.append(time.perf_counter() - start)
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(self.seconds[WARMUP:])
+
+    def profile(self, batches) -> dict[str, float]:
+        """Milliseconds a step in each kind of work, by the profiler."""
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        on_gpu = self.options.device != "cpu"
+        if on_gpu:
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        with torch.profiler.profile(activities=activities) as profile:
+            for batch in batches:
+                self.step(*batch)
+        del self.losses[-len(batches) :], self.seconds[-len(batches) :]
+        shares = dict.fromkeys([*KINDS, "other"], 0.0)
+        for event in profile.key_averages():
+            kind = next((k for k, words in KINDS.items() if any(w in event.key.lower() for w in words)), "other")
+            shares[kind] += (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e3 / len(batches)
+        return shares
+
+
+# What an operator's name says about the work it does; the first that fits.
+KINDS = {
+    "attention": ("attention",),
+    "matrix products": ("addmm", "::mm", "bmm", "linear_pointwise", "aten::linear", "gemm", "cutlass"),
+    "GELU": ("gelu",),
+    "LayerNorm": ("layer_norm", "layernorm"),
+    "AdamW": ("adam", "foreach", "optimizer", "lerp", "addcmul", "addcdiv", "sqrt"),
+    "loss": ("nll_loss", "log_softmax", "cross_entropy"),
+}
+
+
+def picture(runs: list[Run], shares: list[dict[str, float]], path: Path) -> None:
+    """Both loss curves over each other, and where the step's time goes."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
+    for run, style in zip(runs, ("-", "--"), strict=True):
+        left.plot(run.losses, style, label=run.name, linewidth=2)
+    left.set(xlabel="step", ylabel="loss", title="the same loss")
+    left.legend()
+    below = [0.0, 0.0]
+    for kind in shares[0]:
+        heights = [s[kind] for s in shares]
+        right.bar([r.name for r in runs], heights, bottom=below, label=kind)
+        below = [b + h for b, h in zip(below, heights, strict=True)]
+    right.set(ylabel="ms a step, as profiled", title="where a step's time goes")
+    handles, labels = right.get_legend_handles_labels()
+    right.legend(handles[::-1], labels[::-1], loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse(argv) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=60, help="timed and untimed steps")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=256, help=f"a multiple of {HEAD}")
+    parser.add_argument("--batch", type=int, default=16, help=f"sequences of {CONTEXT} bytes")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="16 bits: under autocast")
+    parser.add_argument("--compile", action="store_true", help="torch.compile both models")
+    parser.add_argument("--data", help="a file to read in place of the standard library")
+    parser.add_argument("--out", default="benchmarks/out/train_gpt.png", type=Path, help="the picture")
+    options = parser.parse_args(argv)
+    if options.width % HEAD or options.width <= 0:
+        parser.error(f"--width must be a multiple of {HEAD}")
+    if options.steps <= WARMUP:
+        parser.error(f"--steps must be over {WARMUP}: the first {WARMUP} are not timed")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
+    return options
+
+
+def main(argv=None) -> int:
+    options = parse(argv)
+    console = Console()
+    text = read_text(options.data)
+    draw = torch.Generator().manual_seed(0)
+
+    def batch():
+        starts = torch.randint(len(text) - CONTEXT - 1, (options.batch,), generator=draw)
+        window = text[starts[:, None] + torch.arange(CONTEXT + 1)].long().to(options.device)
+        return window[:, :-1], window[:, 1:]
+
+    runs = [Run(name, options) for name in LIBRARIES]
+    parameters = sum(p.numel() for p in runs[0].model.parameters())
+    console.print(
+        f"A GPT of {parameters / 1e6:.1f}M parameters on {len(text) / 1e6:.1f} MB of text; torch {torch.__version__}, "
+        f"{options.device}, {options.dtype}{', compiled' if options.compile else ''}, {torch.get_num_threads()} threads"
+    )
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=options.steps, loss="")
+        for _ in range(options.steps):
+            tokens = batch()
+            for run in runs:
+                run.step(*tokens)
+            progress.update(task, advance=1, loss="  ".join(f"{r.name} {r.losses[-1]:.4f}" for r in runs))
+
+    tokens = options.batch * CONTEXT
+    table = Table("", "last loss", "tokens/s", "ms a step", "speedup")
+    for run in runs:
+        ratios = [a / b for a, b in zip(runs[0].seconds[WARMUP:], run.seconds[WARMUP:], strict=True)]
+        table.add_row(
+            run.name,
+            f"{run.losses[-1]:.4f}",
+            f"{tokens / run.step_seconds:.0f}",
+            f"{run.step_seconds * 1e3:.1f}",
+            f"{statistics.median(ratios):.2f}x",
+        )
+    console.print(table)
+    picture(runs, [run.profile([batch() for _ in range(3)]) for run in runs], options.out)
+    console.print(f"The loss curves, and where a step's time goes: {options.out}")
+
+    apart = max(abs(a - b) for a, b in zip(*(r.losses for r in runs), strict=True))
+    tolerance = TOLERANCE[options.dtype]
+    equal = apart <= tolerance
+    console.print(f"The losses {'agree' if equal else 'DIFFER'}: at most {apart:.1e} apart, {tolerance:g} allowed")
+    return 0 if equal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,74 @@
+// AdamW on a CPU: the tensors of a group as one range of elements, shared out evenly between the threads.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../op.h"
+#include "cpu.h"
+
+namespace nnfast {
+namespace {
+
+// Elements a thread takes at the least: their memory traffic outweighs waking the thread.
+constexpr int64_t kGrain = 16384;
+
+void adamw_cpu(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
+    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
+  const size_t n = params.size();
+  const bool amsgrad = !max_exp_avg_sqs.empty();
+  bool covered = cpu_kernels() && grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n &&
+                 state_steps.size() == n && (!amsgrad || max_exp_avg_sqs.size() == n);
+  const Tensor none;
+  for (size_t i = 0; covered && i < n; ++i)
+    covered = covers_adamw(
+        params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], amsgrad ? max_exp_avg_sqs[i] : none, state_steps[i]);
+  TORCH_CHECK_NOT_IMPLEMENTED(covered, "nnfast::adamw_ does not cover this call; nnfast.optim.AdamW hands it to torch");
+  if (defined(found_inf) && found_inf->item<double>() != 0) return;
+  const double scale = defined(grad_scale) ? grad_scale->item<double>() : 1.0;
+
+  std::vector<AdamWTensor> tensors;
+  std::vector<int64_t> ends;  // the number of elements up to and with each tensor
+  std::vector<std::pair<Tensor, Tensor>> reordered;
+  tensors.reserve(n);
+  ends.reserve(n);
+  int64_t total = 0;
+  AdamWStep<double> step(lr, beta1, beta2, eps, weight_decay, 1);
+  double t = 1;
+  for (size_t i = 0; i < n; ++i) {
+    // Most parameters are at the same step: its powers are taken once.
+    auto& count = *state_steps[i].mutable_data_ptr<float>();
+    count += 1;
+    if (count != t) step = AdamWStep<double>(lr, beta1, beta2, eps, weight_decay, t = count);
+    Tensor grad = grads[i];
+    if (grad.strides() != params[i].strides()) {
+      grad = at::empty_like(params[i]).copy_(grad);
+      reordered.emplace_back(grads[i], grad);
+    }
+    tensors.push_back(
+        {cpu_dtype(params[i]), params[i].mutable_data_ptr(), grad.mutable_data_ptr(), exp_avgs[i].mutable_data_ptr(),
+         exp_avg_sqs[i].mutable_data_ptr(), amsgrad ? max_exp_avg_sqs[i].mutable_data_ptr() : nullptr, maximize, scale,
+         step});
+    ends.push_back(total += params[i].numel());
+  }
+
+  at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
+    for (size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); begin < end; ++i) {
+      const int64_t start = i ? ends[i - 1] : 0, stop = std::min(end, ends[i]);
+      cpu_kernels()->adamw(tensors[i], begin - start, stop - start);
+      begin = stop;
+    }
+  });
+  if (scale != 1)
+    for (auto& [theirs, ours] : reordered) theirs.copy_(ours);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nnfast, CPU, m) { m.impl("adamw_", adamw_cpu); }
+
+}  // namespace nnfast

@@ -1,0 +1,102 @@
+#include "cpu.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <ATen/ops/empty.h>
+
+#include <algorithm>
+#include <cstring>
+
+namespace nnfast {
+
+const Kernels* cpu_kernels() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const Kernels* const chosen = []() -> const Kernels* {
+    const auto capability = at::get_cpu_capability();
+    if (!__builtin_cpu_supports("f16c")) return nullptr;
+    if (capability == "AVX512") return __builtin_cpu_supports("avx512bf16") ? &avx512_bf16::kernels : &avx512::kernels;
+    if (capability == "AVX2") return &avx2::kernels;
+    return nullptr;
+  }();
+  return chosen;
+#else
+  return nullptr;
+#endif
+}
+
+DType cpu_dtype(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat: return DType::f32;
+    case at::kDouble: return DType::f64;
+    case at::kBFloat16: return DType::bf16;
+    case at::kHalf: return DType::f16;
+    default: TORCH_CHECK_NOT_IMPLEMENTED(false, "nnfast has no CPU kernel for ", t.scalar_type());
+  }
+}
+
+Rows rows_of(const at::Tensor& t, int64_t size, int64_t ndim) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= t.dim() - ndim; --d) {
+    if (sizes[d] != 1 && strides[d] != expected) return {t.contiguous(), size};
+    expected *= sizes[d];
+  }
+  // The outer dimensions, from the innermost: each must continue where the one inside it ends.
+  int64_t stride = size, count = 1;
+  for (int64_t d = t.dim() - ndim - 1; d >= 0; --d) {
+    if (sizes[d] == 1) continue;
+    if (count == 1)
+      stride = strides[d];
+    else if (strides[d] != stride * count)
+      return {t.contiguous(), size};
+    count *= sizes[d];
+  }
+  return {t, stride};
+}
+
+RowSums::RowSums(bool wanted, int64_t threads, int64_t size, const at::Tensor& like)
+    : threads_(threads), size_(size), dtype_(cpu_dtype(like)) {
+  if (!wanted) return;
+  parts_ = at::empty({threads, kLevels, size}, like.options().dtype(at::toOpMathType(like.scalar_type())));
+  std::memset(parts_.mutable_data_ptr(), 0, parts_.nbytes());
+  blocks_.resize(threads);
+}
+
+void* RowSums::level(int64_t thread, int64_t k) const {
+  return (char*)parts_.mutable_data_ptr() + (thread * kLevels + k) * size_ * parts_.element_size();
+}
+
+void* RowSums::of(int64_t thread) const { return parts_.defined() ? level(thread, 0) : nullptr; }
+
+void RowSums::end_block(int64_t thread) {
+  if (!parts_.defined()) return;
+  cpu_kernels()->move_sums(dtype_, level(thread, 1), level(thread, 0), size_);
+  if (++blocks_[thread] % kBlock == 0) cpu_kernels()->move_sums(dtype_, level(thread, 2), level(thread, 1), size_);
+}
+
+at::Tensor RowSums::total(at::IntArrayRef sizes, const at::TensorOptions& options) const {
+  if (!parts_.defined()) return {};
+  at::Tensor out = at::empty(sizes, options);
+  // Sums of float go to float or 16 bits, sums of double to double: the type of `out` says which.
+  cpu_kernels()->sum_parts(cpu_dtype(out), parts_.const_data_ptr(), threads_ * kLevels, size_, out.mutable_data_ptr());
+  return out;
+}
+
+void for_each_block(int64_t rows, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& f) {
+  at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t end = rows * (t + 1) / threads;
+      for (int64_t begin = rows * t / threads; begin < end; begin += RowSums::kBlock)
+        f(t, begin, std::min(begin + RowSums::kBlock, end));
+    }
+  });
+}
+
+int64_t row_grain(int64_t size) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, size)); }
+
+int64_t row_threads(int64_t rows, int64_t size) {
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows / row_grain(size)));
+}
+
+}  // namespace nnfast

@@ -1,0 +1,38 @@
+// One instruction set's build of every CPU kernel: avx2.cpp and avx512.cpp set the target and include this.
+//
+// The target is switched on here, after the system's headers, and not by a compiler flag: whatever those headers
+// define inline stays code for any CPU, and the linker can mix up nothing.
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define NNFAST_PRAGMA_(x) _Pragma(#x)
+#define NNFAST_PRAGMA(x) NNFAST_PRAGMA_(x)
+#ifdef __clang__
+NNFAST_PRAGMA(clang attribute push(__attribute__((target(NNFAST_TARGET))), apply_to = function))
+#else
+#pragma GCC push_options
+NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
+#endif
+
+#include "adamw.h"
+#include "layer_norm.h"
+#include "linear_gelu.h"
+
+namespace nnfast::NNFAST_ISA {
+extern const Kernels kernels = {
+    NNFAST_NAME, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd, move_sums, sum_parts, adamw,
+};
+}  // namespace nnfast::NNFAST_ISA
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif

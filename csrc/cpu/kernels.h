@@ -1,0 +1,85 @@
+// What the CPU kernels offer to the rest of the extension: plain functions over plain pointers, one table an
+// instruction set. No torch header is needed here: they cost seconds a file.
+#pragma once
+
+#include <cstdint>
+
+#include "../math/adamw.h"
+
+namespace nnfast {
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+enum class DType { f32, f64, bf16, f16 };
+
+// Rows of `size` elements. mean and rstd are float (double for f64), one a row.
+struct LayerNormForward {
+  DType dtype, weight_dtype;
+  int64_t size;
+  int64_t input_stride;  // elements from row to row; output rows are contiguous
+  double eps;
+  const void *input, *weight, *bias;  // weight and bias may be null
+  void *output, *mean, *rstd;
+};
+struct LayerNormBackward {
+  DType dtype, weight_dtype;
+  int64_t size;
+  int64_t grad_out_stride, input_stride;
+  const void *grad_out, *input, *weight, *mean, *rstd;
+  void* grad_input;  // may be null
+};
+
+// Elementwise over n contiguous elements.
+struct Gelu {
+  DType dtype;
+  bool tanh;
+  const void* input;
+  void* output;
+};
+// grad_pre = grad_out * gelu'(pre), over contiguous rows of `size` elements.
+struct GeluBackward {
+  DType dtype;
+  bool tanh;
+  int64_t size;
+  const void *grad_out, *pre;
+  void* grad_pre;
+};
+
+struct AdamWTensor {
+  DType dtype;
+  void *param, *grad, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null without amsgrad
+  bool maximize;
+  double grad_scale;  // where it is not 1, the gradient is divided by it, and written back so
+  AdamWStep<double> step;
+};
+
+// Row kernels take [begin, end) of the rows, elementwise ones of the elements. `grad_weight`, `grad_bias` are
+// sums of the accumulation type over those rows, added to what is there; either may be null.
+struct Kernels {
+  const char* name;
+  void (*layer_norm)(const LayerNormForward&, int64_t begin, int64_t end);
+  void (*layer_norm_backward)(const LayerNormBackward&, void* grad_weight, void* grad_bias, int64_t begin, int64_t end);
+  void (*gelu)(const Gelu&, int64_t begin, int64_t end);
+  void (*gelu_backward)(const GeluBackward&, void* grad_bias, int64_t begin, int64_t end);
+  // to[i] += from[i]; from[i] = 0.
+  void (*move_sums)(DType dtype, void* to, void* from, int64_t size);
+  // out[i] = the sum of parts[k][i] over k < count, in that order; parts lie `size` apart, in the accumulation type.
+  void (*sum_parts)(DType out_dtype, const void* parts, int64_t count, int64_t size, void* out);
+  void (*adamw)(const AdamWTensor&, int64_t begin, int64_t end);
+};
+
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+
+}  // namespace nnfast

@@ -1,0 +1,103 @@
+// LayerNorm on a CPU: memory, threads, and the sums over rows. The arithmetic is in layer_norm.h.
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/native/layer_norm.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "../op.h"
+#include "cpu.h"
+
+namespace nnfast {
+namespace {
+
+// torch's own error where the shapes are wrong, and one of ours where the dtypes or this CPU are not covered.
+std::pair<int64_t, int64_t> check(
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias) {
+  const auto extents =
+      at::native::_check_layer_norm_inputs(input, normalized_shape, weight.value_or(Tensor()), bias.value_or(Tensor()));
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      cpu_kernels() && covers_layer_norm(input, normalized_shape, weight, bias),
+      "nnfast::layer_norm does not cover this call; nnfast.nn.functional.layer_norm hands it to torch");
+  return extents;
+}
+
+DType affine_dtype(const Tensor& input, const OptTensor& weight, const OptTensor& bias) {
+  return cpu_dtype(defined(weight) ? *weight : defined(bias) ? *bias : input);
+}
+
+const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() : nullptr; }
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_,
+    double eps) {
+  const auto [rows, size] = check(input, normalized_shape, weight_, bias_);
+  const auto weight = defined(weight_) ? OptTensor(weight_->contiguous()) : std::nullopt;
+  const auto bias = defined(bias_) ? OptTensor(bias_->contiguous()) : std::nullopt;
+  const Rows x = rows_of(input, size, normalized_shape.size());
+
+  at::DimVector stats(input.sizes());
+  for (size_t i = stats.size() - normalized_shape.size(); i < stats.size(); ++i) stats[i] = 1;
+  const auto options = input.options().dtype(at::toOpMathType(input.scalar_type()));
+  Tensor output = at::empty(input.sizes(), input.options());
+  Tensor mean = at::empty(stats, options), rstd = at::empty(stats, options);
+
+  const LayerNormForward f{
+      cpu_dtype(input),
+      affine_dtype(input, weight, bias),
+      size,
+      x.stride,
+      eps,
+      x.tensor.const_data_ptr(),
+      data(weight),
+      data(bias),
+      output.mutable_data_ptr(),
+      mean.mutable_data_ptr(),
+      rstd.mutable_data_ptr()};
+  at::parallel_for(
+      0, rows, row_grain(size), [&](int64_t begin, int64_t end) { cpu_kernels()->layer_norm(f, begin, end); });
+  return {output, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
+    const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& mean,
+    const Tensor& rstd, const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
+  const auto [rows, size] = check(input, normalized_shape, weight_, bias);
+  const auto weight = defined(weight_) ? OptTensor(weight_->contiguous()) : std::nullopt;
+  const Rows g = rows_of(grad_out, size, normalized_shape.size()), x = rows_of(input, size, normalized_shape.size());
+
+  Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options()) : Tensor();
+  const LayerNormBackward b{
+      cpu_dtype(input),
+      affine_dtype(input, weight, bias),
+      size,
+      g.stride,
+      x.stride,
+      g.tensor.const_data_ptr(),
+      x.tensor.const_data_ptr(),
+      data(weight),
+      mean.const_data_ptr(),
+      rstd.const_data_ptr(),
+      output_mask[0] ? grad_input.mutable_data_ptr() : nullptr};
+
+  const int64_t threads = row_threads(rows, size);
+  RowSums grad_weight(output_mask[1] && weight, threads, size, input);
+  RowSums grad_bias(output_mask[2] && defined(bias), threads, size, input);
+  for_each_block(rows, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    cpu_kernels()->layer_norm_backward(b, grad_weight.of(thread), grad_bias.of(thread), begin, end);
+    grad_weight.end_block(thread);
+    grad_bias.end_block(thread);
+  });
+  return {
+      grad_input, grad_weight.total(normalized_shape, weight ? weight->options() : input.options()),
+      grad_bias.total(normalized_shape, defined(bias) ? bias->options() : input.options())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
+  m.impl("layer_norm", layer_norm_cpu);
+  m.impl("layer_norm_backward", layer_norm_backward_cpu);
+}
+
+}  // namespace nnfast

@@ -1,0 +1,421 @@
+// The SIMD layer: a register of float or double in the instruction set that is being built, and several at once.
+//
+// Included once by each of avx2.cpp, avx512.cpp and avx512_bf16.cpp, in a namespace and a target of its own, so that
+// the kernels above it are written once. Everything is inlined into them: a plain inline function compiled for
+// AVX-512 could be the copy that the linker keeps for a CPU that has none.
+#pragma once
+
+#include "../math/gelu.h"
+#include "kernels.h"
+
+namespace nnfast::NNFAST_ISA {
+
+#define NNFAST_INLINE static inline __attribute__((always_inline))
+#define NNFAST_MEMBER inline __attribute__((always_inline))
+#define NNFAST_LAMBDA __attribute__((always_inline))
+
+// What the arithmetic of a stored type is done in.
+template <class T>
+struct acc {
+  using type = float;
+};
+template <>
+struct acc<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename acc<T>::type;
+
+// ---- registers ----
+
+#ifdef NNFAST_AVX512
+NNFAST_INLINE __m512 broadcast(float a) { return _mm512_set1_ps(a); }
+NNFAST_INLINE __m512d broadcast(double a) { return _mm512_set1_pd(a); }
+#else
+NNFAST_INLINE __m256 broadcast(float a) { return _mm256_set1_ps(a); }
+NNFAST_INLINE __m256d broadcast(double a) { return _mm256_set1_pd(a); }
+#endif
+
+// One register of A. The compilers' own vector types know + - * /; this gives them a namespace, so that the
+// formulas of csrc/math find the functions below, and lets a scalar stand where a register is meant.
+template <class A>
+struct Vec {
+  using scalar = A;
+  using reg = decltype(broadcast(A{}));
+  reg r;
+  Vec() = default;
+  NNFAST_MEMBER Vec(reg r) : r(r) {}
+  NNFAST_MEMBER Vec(A a) : r(broadcast(a)) {}
+  NNFAST_MEMBER operator reg() const { return r; }
+  NNFAST_MEMBER friend Vec operator+(Vec a, Vec b) { return a.r + b.r; }
+  NNFAST_MEMBER friend Vec operator-(Vec a, Vec b) { return a.r - b.r; }
+  NNFAST_MEMBER friend Vec operator*(Vec a, Vec b) { return a.r * b.r; }
+  NNFAST_MEMBER friend Vec operator/(Vec a, Vec b) { return a.r / b.r; }
+  NNFAST_MEMBER friend Vec operator-(Vec a) { return -a.r; }
+};
+using f32v = Vec<float>;
+using f64v = Vec<double>;
+
+// Two of them side by side. A polynomial is one long chain of dependent steps: with several in step, the CPU has
+// something to do while each waits.
+template <class V>
+struct Pair {
+  using scalar = typename V::scalar;
+  V lo, hi;
+  Pair() = default;
+  NNFAST_MEMBER Pair(V lo, V hi) : lo(lo), hi(hi) {}
+  NNFAST_MEMBER Pair(scalar a) : lo(a), hi(a) {}
+  NNFAST_MEMBER friend Pair operator+(Pair a, Pair b) { return {a.lo + b.lo, a.hi + b.hi}; }
+  NNFAST_MEMBER friend Pair operator-(Pair a, Pair b) { return {a.lo - b.lo, a.hi - b.hi}; }
+  NNFAST_MEMBER friend Pair operator*(Pair a, Pair b) { return {a.lo * b.lo, a.hi * b.hi}; }
+  NNFAST_MEMBER friend Pair operator/(Pair a, Pair b) { return {a.lo / b.lo, a.hi / b.hi}; }
+  NNFAST_MEMBER friend Pair operator-(Pair a) { return {-a.lo, -a.hi}; }
+};
+template <class A>
+using Quad = Pair<Pair<Vec<A>>>;
+template <class V>
+constexpr int64_t lanes = sizeof(V) / sizeof(typename V::scalar);
+
+// ---- a run of elements, part by part ----
+
+// How many lanes of a V take part: all, or the first n, at the end of a run.
+template <class V>
+struct Full {
+  using vec = V;
+};
+template <class V>
+struct Tail {
+  using vec = V;
+  int64_t n;
+};
+
+// body(i, part) over [0, n): four registers at a time, then one, then the tail.
+template <class A, class Body>
+NNFAST_INLINE void sweep(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + lanes<Quad<A>> <= n; i += lanes<Quad<A>>) body(i, Full<Quad<A>>{});
+  for (; i + lanes<Vec<A>> <= n; i += lanes<Vec<A>>) body(i, Full<Vec<A>>{});
+  if (i < n) body(i, Tail<Vec<A>>{n - i});
+}
+
+// ---- what differs between the instruction sets ----
+
+#ifdef NNFAST_AVX512
+NNFAST_INLINE f32v widen(bf16, __m256i r) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(r), 16));
+}
+NNFAST_INLINE f32v widen(f16, __m256i r) { return _mm512_cvtph_ps(r); }
+#ifdef NNFAST_AVX512_BF16
+NNFAST_INLINE __m256i narrow(bf16, f32v v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
+// Round to nearest even: add half of what is cut off, and one more where the kept part is odd. NaN stays NaN.
+NNFAST_INLINE __m256i narrow(bf16, f32v v) {
+  const __m512i u = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, _mm512_srli_epi32(r, 16), _mm512_set1_epi32(0x7fc0)));
+}
+#endif
+NNFAST_INLINE __m256i narrow(f16, f32v v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+NNFAST_INLINE f32v load(const float* p, Full<f32v>) { return _mm512_loadu_ps(p); }
+NNFAST_INLINE f64v load(const double* p, Full<f64v>) { return _mm512_loadu_pd(p); }
+template <class T>
+NNFAST_INLINE f32v load(const T* p, Full<f32v>) {
+  return widen(T{}, _mm256_loadu_si256((const __m256i*)p));
+}
+NNFAST_INLINE f32v load(const float* p, Tail<f32v> t) { return _mm512_maskz_loadu_ps((1u << t.n) - 1, p); }
+NNFAST_INLINE f64v load(const double* p, Tail<f64v> t) { return _mm512_maskz_loadu_pd((1u << t.n) - 1, p); }
+template <class T>
+NNFAST_INLINE f32v load(const T* p, Tail<f32v> t) {
+  return widen(T{}, _mm256_maskz_loadu_epi16((1u << t.n) - 1, p));
+}
+NNFAST_INLINE void store(float* p, f32v v, Full<f32v>) { _mm512_storeu_ps(p, v); }
+NNFAST_INLINE void store(double* p, f64v v, Full<f64v>) { _mm512_storeu_pd(p, v); }
+template <class T>
+NNFAST_INLINE void store(T* p, f32v v, Full<f32v>) {
+  _mm256_storeu_si256((__m256i*)p, narrow(T{}, v));
+}
+NNFAST_INLINE void store(float* p, f32v v, Tail<f32v> t) { _mm512_mask_storeu_ps(p, (1u << t.n) - 1, v); }
+NNFAST_INLINE void store(double* p, f64v v, Tail<f64v> t) { _mm512_mask_storeu_pd(p, (1u << t.n) - 1, v); }
+template <class T>
+NNFAST_INLINE void store(T* p, f32v v, Tail<f32v> t) {
+  _mm256_mask_storeu_epi16(p, (1u << t.n) - 1, narrow(T{}, v));
+}
+// The lanes that do not take part become zero.
+NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t) { return _mm512_maskz_mov_ps((1u << t.n) - 1, v); }
+NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t) { return _mm512_maskz_mov_pd((1u << t.n) - 1, v); }
+
+NNFAST_INLINE float sum(f32v v) { return _mm512_reduce_add_ps(v); }
+NNFAST_INLINE double sum(f64v v) { return _mm512_reduce_add_pd(v); }
+NNFAST_INLINE f32v sqrt(f32v v) { return _mm512_sqrt_ps(v); }
+NNFAST_INLINE f64v sqrt(f64v v) { return _mm512_sqrt_pd(v); }
+NNFAST_INLINE f32v abs(f32v v) { return _mm512_abs_ps(v); }
+NNFAST_INLINE f32v round(f32v v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// v 2^n, with overflow to infinity and underflow to zero.
+NNFAST_INLINE f32v scale2(f32v v, f32v n) { return _mm512_scalef_ps(v, n); }
+// The smaller, the larger of a limit and x; a NaN in x stays, because the instruction gives its second operand then.
+NNFAST_INLINE f32v at_most(f32v limit, f32v x) { return _mm512_min_ps(limit, x); }
+NNFAST_INLINE f32v at_least(f32v limit, f32v x) { return _mm512_max_ps(limit, x); }
+// x < 0 ? a : b
+NNFAST_INLINE f32v if_negative(f32v x, f32v a, f32v b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
+}
+// The larger one, NaN where either is: only a need be looked at, for the reason above.
+NNFAST_INLINE f32v maximum(f32v a, f32v b) {
+  return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+}
+NNFAST_INLINE f64v maximum(f64v a, f64v b) {
+  return _mm512_mask_mov_pd(_mm512_max_pd(a, b), _mm512_cmp_pd_mask(a, a, _CMP_UNORD_Q), a);
+}
+#else
+NNFAST_INLINE f32v widen(bf16, __m128i r) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(r), 16));
+}
+NNFAST_INLINE f32v widen(f16, __m128i r) { return _mm256_cvtph_ps(r); }
+// As for AVX-512. The two halves of packus are 128 bits apart: permute brings them together.
+NNFAST_INLINE __m128i narrow(bf16, f32v v) {
+  const __m256i u = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i w = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), nan);
+  return _mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_packus_epi32(w, w), 0x08));
+}
+NNFAST_INLINE __m128i narrow(f16, f32v v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+NNFAST_INLINE f32v load(const float* p, Full<f32v>) { return _mm256_loadu_ps(p); }
+NNFAST_INLINE f64v load(const double* p, Full<f64v>) { return _mm256_loadu_pd(p); }
+template <class T>
+NNFAST_INLINE f32v load(const T* p, Full<f32v>) {
+  return widen(T{}, _mm_loadu_si128((const __m128i*)p));
+}
+NNFAST_INLINE void store(float* p, f32v v, Full<f32v>) { _mm256_storeu_ps(p, v); }
+NNFAST_INLINE void store(double* p, f64v v, Full<f64v>) { _mm256_storeu_pd(p, v); }
+template <class T>
+NNFAST_INLINE void store(T* p, f32v v, Full<f32v>) {
+  _mm_storeu_si128((__m128i*)p, narrow(T{}, v));
+}
+// AVX2 has no masked access to 16 bits: a tail goes through a register's worth of stack.
+template <class T, class V>
+NNFAST_INLINE V load(const T* p, Tail<V> t) {
+  T full[lanes<V>] = {};
+  std::memcpy(full, p, t.n * sizeof(T));
+  return load(full, Full<V>{});
+}
+template <class T, class V>
+NNFAST_INLINE void store(T* p, V v, Tail<V> t) {
+  T full[lanes<V>];
+  store(full, v, Full<V>{});
+  std::memcpy(p, full, t.n * sizeof(T));
+}
+NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)t.n), lane)));
+}
+NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t) {
+  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+  return _mm256_and_pd(v, _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(t.n), lane)));
+}
+
+NNFAST_INLINE float sum(f32v v) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+NNFAST_INLINE double sum(f64v v) {
+  const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+NNFAST_INLINE f32v sqrt(f32v v) { return _mm256_sqrt_ps(v); }
+NNFAST_INLINE f64v sqrt(f64v v) { return _mm256_sqrt_pd(v); }
+NNFAST_INLINE f32v abs(f32v v) { return _mm256_andnot_ps(f32v(-0.0f), v); }
+NNFAST_INLINE f32v round(f32v v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+NNFAST_INLINE f32v at_most(f32v limit, f32v x) { return _mm256_min_ps(limit, x); }
+NNFAST_INLINE f32v at_least(f32v limit, f32v x) { return _mm256_max_ps(limit, x); }
+// v 2^n for n from -127, counted as 2^-127 = 0, to 128, where 2^128 is infinity.
+NNFAST_INLINE f32v scale2(f32v v, f32v n) {
+  n = at_most(128.0f, at_least(-127.0f, n));
+  const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return v * f32v(_mm256_castsi256_ps(e));
+}
+// blendv looks at the sign bit alone: -0 counts as negative, which no caller can tell.
+NNFAST_INLINE f32v if_negative(f32v x, f32v a, f32v b) { return _mm256_blendv_ps(b, a, x); }
+NNFAST_INLINE f32v maximum(f32v a, f32v b) {
+  return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
+}
+NNFAST_INLINE f64v maximum(f64v a, f64v b) {
+  return _mm256_blendv_pd(_mm256_max_pd(a, b), a, _mm256_cmp_pd(a, a, _CMP_UNORD_Q));
+}
+#endif
+
+// ---- the same for several registers ----
+
+template <class T, class V>
+NNFAST_INLINE Pair<V> load(const T* p, Full<Pair<V>>) {
+  return {load(p, Full<V>{}), load(p + lanes<V>, Full<V>{})};
+}
+template <class T, class V>
+NNFAST_INLINE void store(T* p, Pair<V> v, Full<Pair<V>>) {
+  store(p, v.lo, Full<V>{});
+  store(p + lanes<V>, v.hi, Full<V>{});
+}
+template <class V>
+NNFAST_INLINE V keep(V v, Full<V>) {
+  return v;
+}
+#define NNFAST_PAIRWISE1(f)            \
+  template <class V>                   \
+  NNFAST_INLINE Pair<V> f(Pair<V> a) { \
+    return {f(a.lo), f(a.hi)};         \
+  }
+#define NNFAST_PAIRWISE2(f)                       \
+  template <class V>                              \
+  NNFAST_INLINE Pair<V> f(Pair<V> a, Pair<V> b) { \
+    return {f(a.lo, b.lo), f(a.hi, b.hi)};        \
+  }
+NNFAST_PAIRWISE1(sqrt)
+NNFAST_PAIRWISE1(abs)
+NNFAST_PAIRWISE1(round)
+NNFAST_PAIRWISE2(scale2)
+NNFAST_PAIRWISE2(at_most)
+NNFAST_PAIRWISE2(at_least)
+NNFAST_PAIRWISE2(maximum)
+template <class V>
+NNFAST_INLINE Pair<V> if_negative(Pair<V> x, Pair<V> a, Pair<V> b) {
+  return {if_negative(x.lo, a.lo, b.lo), if_negative(x.hi, a.hi, b.hi)};
+}
+template <class V>
+NNFAST_INLINE typename V::scalar sum(Pair<V> v) {
+  return sum(v.lo + v.hi);
+}
+
+// A sum over a run: four registers that take in whatever part comes.
+template <class A>
+struct Sum {
+  Quad<A> s;
+  NNFAST_MEMBER Sum() : s(A(0)) {}
+  NNFAST_MEMBER void operator+=(Quad<A> v) { s = s + v; }
+  NNFAST_MEMBER void operator+=(Vec<A> v) { s.lo.lo = s.lo.lo + v; }
+  NNFAST_MEMBER A total() const { return sum(s); }
+};
+
+// ---- elementary functions, as math/gelu.h names them; V is any number of float registers ----
+
+// Scalar math: n = round(x), f = x - n, 2^x = 2^n (1 + f p(f)), p the minimax polynomial of (2^f - 1) / f over
+// |f| <= 1/2: 2.0e-9 relative to 2^f. For finite x up to 127.
+template <class V>
+NNFAST_INLINE V exp2(V x) {
+  const V n = round(x), f = x - n;
+  V p = f * 1.5353361959569156e-04f + 1.3398873852565885e-03f;
+  p = p * f + 9.61843691766262e-03f;
+  p = p * f + 5.5503323674201965e-02f;
+  p = p * f + 2.4022647738456726e-01f;
+  p = p * f + 6.931471824645996e-01f;
+  return scale2(p * f + 1.0f, n);
+}
+
+// e^x for x <= 0. Infinity is held at -200, where e^x is 0 already; a NaN is let through.
+template <class V>
+NNFAST_INLINE V exp_of_negative(V x) {
+  return exp2(at_least(V(-200.0f), x) * 1.44269504f);
+}
+
+// Both sides of a probability from the one below a half, which is the lower one where x is negative.
+template <class V>
+NNFAST_INLINE Sides<V> sides(V x, V small) {
+  const V large = V(1.0f) - small;
+  return {if_negative(x, small, large), if_negative(x, large, small)};
+}
+
+// Scalar math: z = e^-|x|, small = z / (1 + z).
+template <class V>
+NNFAST_INLINE Sides<V> sigmoid_simd(V x) {
+  const V z = exp_of_negative(-abs(x));
+  return sides(x, z / (z + 1.0f));
+}
+
+// Scalar math: small = erfc(a / sqrt 2) / 2 = 2^-(1 + a p(a)), a = |x|, p the minimax polynomial of
+// (-1 - log2(erfc(a / sqrt 2) / 2)) / a over 0 <= a <= 15.5: 2.2e-8 absolute in the result. By 14.2 that is 0 in float.
+template <class V>
+NNFAST_INLINE Sides<V> normal_cdf_simd(V x) {
+  const V a = at_most(V(14.2f), abs(x));
+  V p = a * -5.281241399757164e-08f + 2.0457730443013133e-06f;
+  p = p * a - 2.7296080588712357e-05f;
+  p = p * a + 0.00013086646504234523f;
+  p = p * a + 0.0002569342905189842f;
+  p = p * a - 0.007198233623057604f;
+  p = p * a + 0.05257304012775421f;
+  p = p * a + 0.45918846130371094f;
+  p = p * a + 1.151106834411621f;
+  return sides(x, exp2(-(p * a)) * 0.5f);
+}
+
+NNFAST_INLINE f32v exp(f32v x) { return exp_of_negative(x); }
+NNFAST_INLINE Quad<float> exp(Quad<float> x) { return exp_of_negative(x); }
+NNFAST_INLINE Sides<f32v> sigmoid(f32v x) { return sigmoid_simd(x); }
+NNFAST_INLINE Sides<Quad<float>> sigmoid(Quad<float> x) { return sigmoid_simd(x); }
+NNFAST_INLINE Sides<f32v> normal_cdf(f32v x) { return normal_cdf_simd(x); }
+NNFAST_INLINE Sides<Quad<float>> normal_cdf(Quad<float> x) { return normal_cdf_simd(x); }
+
+// For double there are no polynomials here: such a run goes element by element through the C library's functions.
+// That is exact enough for gradient checks, and the gate sends float64 to torch's op.
+struct One {
+  using vec = double;
+};
+NNFAST_INLINE double load(const double* p, One) { return *p; }
+NNFAST_INLINE void store(double* p, double v, One) { *p = v; }
+template <class A, class Body>
+NNFAST_INLINE void sweep_elementary(int64_t n, Body body) {
+  if constexpr (sizeof(A) == sizeof(float))
+    sweep<A>(n, body);
+  else
+    for (int64_t i = 0; i < n; ++i) body(i, One{});
+}
+
+// ---- from a run-time dtype to a type: body(T{}), and body(T{}, W{}) where W may be float for a 16-bit T ----
+
+template <class Body>
+NNFAST_INLINE void visit(DType t, Body body) {
+  switch (t) {
+    case DType::f32: return body(float{});
+    case DType::f64: return body(double{});
+    case DType::bf16: return body(bf16{});
+    case DType::f16: return body(f16{});
+  }
+}
+template <class Body>
+NNFAST_INLINE void visit(DType t, DType w, Body body) {
+  visit(t, [&](auto e) {
+    if constexpr (sizeof(e) == 2)
+      if (w == DType::f32) return body(e, float{});
+    return body(e, e);
+  });
+}
+
+NNFAST_INLINE void move_sums(DType dtype, void* to, void* from, int64_t size) {
+  visit(dtype, [&](auto t) {
+    using A = acc_t<decltype(t)>;
+    A *a = (A*)to, *b = (A*)from;
+    sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+      store(a + i, load(a + i, part) + load(b + i, part), part);
+      store(b + i, typename decltype(part)::vec(A(0)), part);
+    });
+  });
+}
+
+// The threads' partial sums, added up in order. One output type, or float sums into a 16-bit one.
+NNFAST_INLINE void sum_parts(DType out_dtype, const void* parts, int64_t count, int64_t size, void* out) {
+  visit(out_dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+      auto total = load((const A*)parts + i, part);
+      for (int64_t k = 1; k < count; ++k) total = total + load((const A*)parts + k * size + i, part);
+      store((T*)out + i, total, part);
+    });
+  });
+}
+
+}  // namespace nnfast::NNFAST_ISA

@@ -1,0 +1,222 @@
+// The contract of Linear+GELU, and of GELU alone: schema, which calls are covered, shapes, autograd, autocast.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu_backward.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "op.h"
+
+namespace nnfast {
+
+TORCH_LIBRARY_FRAGMENT(nnfast, m) {
+  m.def("gelu(Tensor self, *, str approximate='none') -> Tensor");
+  m.def("gelu_backward(Tensor grad_output, Tensor self, *, str approximate='none') -> Tensor");
+  // gelu(pre) and pre = input weight^T + bias, rounded to its dtype before the GELU as two calls of torch would.
+  m.def(
+      "linear_gelu(Tensor input, Tensor weight, Tensor? bias=None, *, str approximate='none')"
+      " -> (Tensor output, Tensor pre)");
+  // grad_bias is what output_mask[2] asks for, bias or not.
+  m.def(
+      "linear_gelu_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor pre, *, str approximate='none',"
+      " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+}
+
+Tensor gelu(const Tensor& self, c10::string_view approximate) {
+  static const auto op = find_op<decltype(gelu)>("gelu");
+  return op.call(self, approximate);
+}
+
+Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
+  static const auto op = find_op<decltype(gelu_backward)>("gelu_backward");
+  return op.call(grad_output, self, approximate);
+}
+
+std::tuple<Tensor, Tensor> linear_gelu(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
+  static const auto op = find_op<decltype(linear_gelu)>("linear_gelu");
+  return op.call(input, weight, bias, approximate);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
+    std::array<bool, 3> output_mask) {
+  static const auto op = find_op<decltype(linear_gelu_backward)>("linear_gelu_backward");
+  return op.call(grad_out, input, weight, pre, approximate, output_mask);
+}
+
+namespace {
+bool known_dtype(at::ScalarType t) {
+  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+}  // namespace
+
+bool covers_gelu(const Tensor& input, c10::string_view approximate) {
+  return known_dtype(input.scalar_type()) && (approximate == "none" || approximate == "tanh");
+}
+
+bool covers_linear_gelu(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
+  if (!covers_gelu(input, approximate) || weight.dim() != 2 || input.dim() < 1) return false;
+  if (input.size(-1) != weight.size(1) || weight.device() != input.device()) return false;
+  if (defined(bias) && (bias->dim() != 1 || bias->size(0) != weight.size(0) || bias->device() != input.device()))
+    return false;
+  // One dtype, or any that autocast will bring to one: it leaves float64 alone.
+  const auto same = [&](const Tensor& t) { return t.scalar_type() == input.scalar_type(); };
+  if (same(weight) && (!defined(bias) || same(*bias))) return true;
+  const auto cast = [&](const Tensor& t) { return known_dtype(t.scalar_type()) && t.scalar_type() != at::kDouble; };
+  return at::autocast::is_autocast_enabled(input.device().type()) && cast(input) && cast(weight) &&
+         (!defined(bias) || cast(*bias));
+}
+
+namespace {
+
+// ---- shapes, for fake tensors and meta tensors ----
+
+Tensor gelu_meta(const Tensor& self, c10::string_view) { return at::empty_like(self); }
+Tensor gelu_backward_meta(const Tensor&, const Tensor& self, c10::string_view) { return at::empty_like(self); }
+
+std::tuple<Tensor, Tensor> linear_gelu_meta(
+    const Tensor& input, const Tensor& weight, const OptTensor&, c10::string_view) {
+  c10::SymDimVector sizes(input.sym_sizes());
+  sizes.back() = weight.sym_size(0);
+  return {at::empty_symint(sizes, input.options()), at::empty_symint(sizes, input.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_meta(
+    const Tensor&, const Tensor& input, const Tensor& weight, const Tensor&, c10::string_view,
+    std::array<bool, 3> output_mask) {
+  const auto like = [&](bool wanted, c10::SymIntArrayRef sizes) {
+    return wanted ? at::empty_symint(sizes, input.options()) : Tensor();
+  };
+  return {
+      like(output_mask[0], input.sym_sizes()), like(output_mask[1], weight.sym_sizes()),
+      like(output_mask[2], weight.sym_sizes().slice(0, 1))};
+}
+
+// ---- autograd ----
+
+struct Gelu : torch::autograd::Function<Gelu> {
+  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& self, c10::string_view approximate) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    ctx->save_for_backward({self});
+    ctx->saved_data["approximate"] = std::string(approximate);
+    return nnfast::gelu(self, approximate);
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const auto approximate = ctx->saved_data["approximate"].toStringRef();
+    return {nnfast::gelu_backward(grads[0], ctx->get_saved_variables()[0], approximate), Tensor()};
+  }
+};
+
+Tensor gelu_autograd(const Tensor& self, c10::string_view approximate) {
+  if (any_needs_grad(self)) return Gelu::apply(self, approximate);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return nnfast::gelu(self, approximate);
+}
+
+// The gradient of the gradient is ATen's, which is differentiable to any order.
+Tensor gelu_backward_autograd(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
+  if (any_needs_grad(grad_output, self)) return at::gelu_backward(grad_output, self, approximate);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return nnfast::gelu_backward(grad_output, self, approximate);
+}
+
+struct LinearGelu : torch::autograd::Function<LinearGelu> {
+  static torch::autograd::variable_list forward(
+      torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptTensor& bias,
+      c10::string_view approximate) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [output, pre] = linear_gelu(input, weight, bias, approximate);
+    // pre is an output that has a gradient like any other: through it the second derivative reaches the inputs.
+    ctx->save_for_backward({input, weight, pre});
+    ctx->saved_data["approximate"] = std::string(approximate);
+    ctx->saved_data["bias"] = defined(bias);
+    ctx->set_materialize_grads(false);
+    return {output, pre};
+  }
+
+  static torch::autograd::variable_list backward(
+      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto approximate = ctx->saved_data["approximate"].toStringRef();
+    const std::array<bool, 3> mask = {
+        ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+        ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)};
+    std::tuple<Tensor, Tensor, Tensor> out;
+    if (grads[0].defined()) out = linear_gelu_backward(grads[0], saved[0], saved[1], saved[2], approximate, mask);
+    if (grads[1].defined()) add_linear_backward(out, grads[1], saved[0], saved[1], mask);
+    return {std::get<0>(out), std::get<1>(out), std::get<2>(out), Tensor()};
+  }
+
+  // The gradients of input weight^T + bias for grad, added to out. In ATen, and so differentiable.
+  static void add_linear_backward(
+      std::tuple<Tensor, Tensor, Tensor>& out, const Tensor& grad, const Tensor& input, const Tensor& weight,
+      std::array<bool, 3> mask) {
+    const auto add = [](Tensor& to, const Tensor& t) { to = to.defined() ? to + t : t; };
+    const auto rows = grad.reshape_symint({-1, weight.sym_size(0)});
+    if (mask[0]) add(std::get<0>(out), grad.matmul(weight));
+    if (mask[1]) add(std::get<1>(out), rows.t().matmul(input.reshape_symint({-1, weight.sym_size(1)})));
+    if (mask[2]) add(std::get<2>(out), rows.sum(0));
+  }
+};
+
+std::tuple<Tensor, Tensor> linear_gelu_autograd(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
+  if (!any_needs_grad(input, weight, bias)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return linear_gelu(input, weight, bias, approximate);
+  }
+  auto out = LinearGelu::apply(input, weight, bias, approximate);
+  return {out[0], out[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_autograd(
+    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
+    std::array<bool, 3> output_mask) {
+  if (!any_needs_grad(grad_out, input, weight, pre)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return linear_gelu_backward(grad_out, input, weight, pre, approximate, output_mask);
+  }
+  std::tuple<Tensor, Tensor, Tensor> out;
+  LinearGelu::add_linear_backward(out, at::gelu_backward(grad_out, pre, approximate), input, weight, output_mask);
+  return out;
+}
+
+// ---- autocast: the lower precision, as torch lists linear; gelu is not listed ----
+
+template <c10::DeviceType device, c10::DispatchKey key>
+std::tuple<Tensor, Tensor> linear_gelu_autocast(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto type = at::autocast::get_lower_precision_fp_from_device_type(device);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, device); };
+  return linear_gelu(cast(input), cast(weight), cast(bias), approximate);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
+  m.impl("gelu", gelu_meta);
+  m.impl("gelu_backward", gelu_backward_meta);
+  m.impl("linear_gelu", linear_gelu_meta);
+  m.impl("linear_gelu_backward", linear_gelu_backward_meta);
+}
+TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
+  m.impl("gelu", gelu_autograd);
+  m.impl("gelu_backward", gelu_backward_autograd);
+  m.impl("linear_gelu", linear_gelu_autograd);
+  m.impl("linear_gelu_backward", linear_gelu_backward_autograd);
+}
+TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) {
+  m.impl("linear_gelu", linear_gelu_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+TORCH_LIBRARY_IMPL(nnfast, AutocastCUDA, m) {
+  m.impl("linear_gelu", linear_gelu_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace nnfast

@@ -1,0 +1,56 @@
+// One AdamW step for one element: a scalar, a SIMD register, a CUDA thread. In torch's order:
+//
+//   p = p (1 - lr weight_decay)
+//   m = m + (g - m) (1 - beta1)
+//   v = v beta2 + g^2 (1 - beta2)
+//   p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+//
+// with g = -grad when maximizing, and under amsgrad the largest v so far in place of v in the last line.
+// Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; Reddi et al., "On the Convergence
+// of Adam and Beyond", 2018. The scalars are formed in double, once a tensor. sqrt(1 - beta2^t) is taken out of the
+// denominator there, which saves a division and a rounding an element.
+#pragma once
+
+#include <cmath>
+
+#include "fn.h"
+
+namespace nnfast {
+
+// A is double for the caller who forms it, then the register or scalar type of the elements.
+template <class A>
+struct AdamWStep {
+  A decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
+
+  template <class B>
+  NNFAST_FN explicit AdamWStep(const AdamWStep<B>& s)
+      : decay(s.decay),
+        one_minus_beta1(s.one_minus_beta1),
+        beta2(s.beta2),
+        one_minus_beta2(s.one_minus_beta2),
+        step_size(s.step_size),
+        eps(s.eps) {}
+
+  NNFAST_FN AdamWStep(A lr, A beta1, A beta2, A eps, A weight_decay, A t)
+      : decay(A(1) - lr * weight_decay), one_minus_beta1(A(1) - beta1), beta2(beta2), one_minus_beta2(A(1) - beta2) {
+    using std::pow;
+    using std::sqrt;
+    const A correction2 = sqrt(A(1) - pow(beta2, t));
+    step_size = lr / (A(1) - pow(beta1, t)) * correction2;
+    this->eps = eps * correction2;
+  }
+};
+
+template <class V>
+NNFAST_FN void adamw_moments(V grad, V& exp_avg, V& exp_avg_sq, const AdamWStep<V>& s) {
+  exp_avg = exp_avg + (grad - exp_avg) * s.one_minus_beta1;
+  exp_avg_sq = exp_avg_sq * s.beta2 + grad * grad * s.one_minus_beta2;
+}
+
+template <class V>
+NNFAST_FN V adamw_param(V param, V exp_avg, V exp_avg_sq, const AdamWStep<V>& s) {
+  using std::sqrt;
+  return param * s.decay - s.step_size * exp_avg / (sqrt(exp_avg_sq) + s.eps);
+}
+
+}  // namespace nnfast

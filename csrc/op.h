@@ -1,0 +1,77 @@
+// What the contract of every op shares: how it is called through the dispatcher, and which calls are covered.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <optional>
+#include <tuple>
+
+namespace nnfast {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// The op as the dispatcher knows it. Look it up once: `static const auto op =
+// find_op<decltype(layer_norm)>("layer_norm");`
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton()
+      .findSchemaOrThrow((std::string("nnfast::") + name).c_str(), "")
+      .typed<Signature>();
+}
+
+inline bool defined(const OptTensor& t) { return t.has_value() && t->defined(); }
+
+inline bool needs_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+inline bool needs_grad(const OptTensor& t) { return t.has_value() && needs_grad(*t); }
+template <class... T>
+bool any_needs_grad(const T&... t) {
+  return at::GradMode::is_enabled() && (needs_grad(t) || ...);
+}
+
+// ---- the gate ----
+//
+// A call is ours when nothing but plain eager execution is going on (ordinary_thread), every tensor is a plain
+// strided one (ordinary), and the op's own covers_...() knows the dtypes and shapes. All of it is read off the
+// inputs of this call, so that a forward and its recomputation under checkpointing decide alike.
+
+// No functorch transform, no dispatch or function mode, no tracing.
+bool ordinary_thread();
+
+// Strided, dense, on a device whose kernels are there, and no forward-mode tangent attached.
+bool ordinary(const Tensor& t);
+inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }
+
+bool covers_layer_norm(
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias);
+bool covers_gelu(const Tensor& input, c10::string_view approximate);
+bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
+// One parameter with its gradient and state.
+bool covers_adamw(
+    const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
+    const Tensor& max_exp_avg_sq, const Tensor& step);
+
+// ---- the ops; their schemas and what they do are in layer_norm.cpp, linear_gelu.cpp and adamw.cpp ----
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm(
+    const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
+    double eps);
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
+    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& mean,
+    const Tensor& rstd, const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask);
+Tensor gelu(const Tensor& self, c10::string_view approximate);
+Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
+std::tuple<Tensor, Tensor> linear_gelu(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
+std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
+    std::array<bool, 3> output_mask);
+void adamw_(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
+    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
+
+}  // namespace nnfast

@@ -1,0 +1,310 @@
+// The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
+//
+// layer_norm, gelu, linear_gelu: the result, or None where the call is torch's.
+// adamw_: True, or False where nothing was done and the step is torch's.
+// A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "op.h"
+
+namespace nnfast {
+
+// Subtracting key sets leaves the backend bits alone, so the bits themselves are compared.
+static bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
+  return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
+}
+
+bool ordinary_thread() {
+  // What a thread includes beyond the defaults is a transform, a mode or a tracer.
+  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
+  return within(included, c10::default_included_set) && !at::impl::torch_function_mode_enabled();
+}
+
+bool ordinary(const Tensor& t) {
+  static const c10::DispatchKeySet plain = c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::autocast_dispatch_keyset |
+                                           c10::autograd_dispatch_keyset_with_ADInplaceOrView;
+  return cpu_kernels() && within(t.key_set(), plain) && !t._fw_grad(0).defined();
+}
+
+namespace {
+
+// "torch" under use_backend("torch"): the gate is closed.
+thread_local bool closed = false;
+
+bool open() { return !closed && ordinary_thread(); }
+
+// A tensor of exactly torch's type, or None.
+bool is_plain(PyObject* o) { return THPVariable_CheckExact(o); }
+bool is_plain_or_none(PyObject* o) { return o == Py_None || is_plain(o); }
+OptTensor optional_tensor(PyObject* o) { return o == Py_None ? OptTensor() : OptTensor(THPVariable_Unpack(o)); }
+
+bool unpack_string(PyObject* o, c10::string_view& out) {
+  Py_ssize_t size;
+  const char* s = PyUnicode_Check(o) ? PyUnicode_AsUTF8AndSize(o, &size) : nullptr;
+  if (!s) return PyErr_Clear(), false;
+  out = {s, (size_t)size};
+  return true;
+}
+
+bool unpack_double(PyObject* o, double& out) {
+  if (!PyFloat_Check(o) && !PyLong_Check(o)) return false;
+  out = PyFloat_AsDouble(o);
+  if (!PyErr_Occurred()) return true;
+  return PyErr_Clear(), false;
+}
+
+// A sequence of ints; a single int, as torch's own parser, is not one.
+bool unpack_sizes(PyObject* o, at::DimVector& out) {
+  if (!PyTuple_Check(o) && !PyList_Check(o)) return false;
+  for (Py_ssize_t i = 0, n = PySequence_Fast_GET_SIZE(o); i < n; ++i) {
+    PyObject* item = PySequence_Fast_GET_ITEM(o, i);
+    if (!PyLong_CheckExact(item)) return false;
+    out.push_back(PyLong_AsLongLong(item));
+    if (PyErr_Occurred()) return PyErr_Clear(), false;
+  }
+  return true;
+}
+
+PyObject* wrong_arguments(const char* signature) {
+  PyErr_SetString(PyExc_TypeError, signature);
+  return nullptr;
+}
+
+// layer_norm(input, normalized_shape, weight, bias, eps)
+PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 5) return wrong_arguments("layer_norm(input, normalized_shape, weight, bias, eps)");
+  at::DimVector shape;
+  double eps;
+  if (!open() || !is_plain(args[0]) || !is_plain_or_none(args[2]) || !is_plain_or_none(args[3]) ||
+      !unpack_sizes(args[1], shape) || !unpack_double(args[4], eps))
+    Py_RETURN_NONE;
+  const Tensor& input = THPVariable_Unpack(args[0]);
+  const OptTensor weight = optional_tensor(args[2]), bias = optional_tensor(args[3]);
+  if (!ordinary(input) || !ordinary(weight) || !ordinary(bias) || !covers_layer_norm(input, shape, weight, bias))
+    Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = std::get<0>(layer_norm(input, c10::fromIntArrayRefSlow(shape), weight, bias, eps));
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// gelu(input, approximate)
+PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2) return wrong_arguments("gelu(input, approximate)");
+  c10::string_view approximate;
+  if (!open() || !is_plain(args[0]) || !unpack_string(args[1], approximate)) Py_RETURN_NONE;
+  const Tensor& input = THPVariable_Unpack(args[0]);
+  if (!ordinary(input) || !covers_gelu(input, approximate)) Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = nnfast::gelu(input, approximate);
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// linear_gelu(input, weight, bias, approximate)
+PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4) return wrong_arguments("linear_gelu(input, weight, bias, approximate)");
+  c10::string_view approximate;
+  if (!open() || !is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2]) ||
+      !unpack_string(args[3], approximate))
+    Py_RETURN_NONE;
+  const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
+  const OptTensor bias = optional_tensor(args[2]);
+  if (!ordinary(input) || !ordinary(weight) || !ordinary(bias) || !covers_linear_gelu(input, weight, bias, approximate))
+    Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = std::get<0>(linear_gelu(input, weight, bias, approximate));
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// ---- AdamW ----
+
+struct AdamWGroup {
+  std::vector<Tensor> params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps;
+  double lr, beta1, beta2, weight_decay, eps;
+  bool maximize;
+};
+
+PyObject* interned(const char* s) { return PyUnicode_InternFromString(s); }
+
+// optimizer.state[p] for parameter after parameter. Hashing a tensor is a call into Python; the state was filled in
+// the order of the parameters, so the next entry of the dict nearly always is the one.
+class StateReader {
+ public:
+  explicit StateReader(PyObject* state) : state_(state) {}
+
+  // Borrowed, or null where the parameter has no state.
+  PyObject* of(PyObject* param) {
+    PyObject *key, *value;
+    while (!exhausted_) {
+      if (!PyDict_Next(state_, &position_, &key, &value)) {
+        exhausted_ = true;
+        break;
+      }
+      if (key == param) return PyDict_Check(value) ? value : nullptr;
+    }
+    value = PyDict_GetItemWithError(state_, param);
+    if (!value && PyErr_Occurred()) throw python_error();
+    return value && PyDict_Check(value) ? value : nullptr;
+  }
+
+ private:
+  PyObject* state_;
+  Py_ssize_t position_ = 0;
+  bool exhausted_ = false;
+};
+
+bool flag(PyObject* group, PyObject* key, bool& out) {
+  PyObject* o = PyDict_GetItem(group, key);
+  const int truth = o ? PyObject_IsTrue(o) : -1;
+  if (truth < 0) return PyErr_Clear(), false;
+  out = truth;
+  return true;
+}
+
+bool number(PyObject* o, double& out) {
+  if (!o) return false;
+  if (!is_plain(o)) return unpack_double(o, out);
+  const Tensor& t = THPVariable_Unpack(o);
+  if (!ordinary(t) || t.numel() != 1) return false;
+  out = t.item<double>();
+  return true;
+}
+
+// Everything the update needs, read afresh: nothing is kept from step to step, so nothing can be out of date.
+bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
+  static PyObject* const k_params = interned("params");
+  static PyObject* const k_lr = interned("lr");
+  static PyObject* const k_betas = interned("betas");
+  static PyObject* const k_weight_decay = interned("weight_decay");
+  static PyObject* const k_eps = interned("eps");
+  static PyObject* const k_amsgrad = interned("amsgrad");
+  static PyObject* const k_maximize = interned("maximize");
+  static PyObject* const k_capturable = interned("capturable");
+  static PyObject* const k_differentiable = interned("differentiable");
+  static PyObject* const k_decoupled = interned("decoupled_weight_decay");
+  static PyObject* const k_foreach = interned("foreach");
+  static PyObject* const k_step = interned("step");
+  static PyObject* const k_exp_avg = interned("exp_avg");
+  static PyObject* const k_exp_avg_sq = interned("exp_avg_sq");
+  static PyObject* const k_max_exp_avg_sq = interned("max_exp_avg_sq");
+
+  if (!PyDict_Check(group)) return false;
+  bool amsgrad, capturable, differentiable, decoupled, foreach;
+  if (!flag(group, k_amsgrad, amsgrad) || !flag(group, k_maximize, out.maximize) ||
+      !flag(group, k_capturable, capturable) || !flag(group, k_differentiable, differentiable) ||
+      !flag(group, k_decoupled, decoupled) || !flag(group, k_foreach, foreach))
+    return false;
+  PyObject *lr = PyDict_GetItem(group, k_lr), *betas = PyDict_GetItem(group, k_betas);
+  // torch refuses a tensor lr with foreach=True, and says so.
+  if (capturable || differentiable || !decoupled || (foreach && lr && is_plain(lr))) return false;
+  if (!betas || !PyTuple_Check(betas) || PyTuple_GET_SIZE(betas) != 2) return false;
+  if (!number(lr, out.lr) || !unpack_double(PyTuple_GET_ITEM(betas, 0), out.beta1) ||
+      !unpack_double(PyTuple_GET_ITEM(betas, 1), out.beta2) ||
+      !number(PyDict_GetItem(group, k_weight_decay), out.weight_decay) ||
+      !number(PyDict_GetItem(group, k_eps), out.eps))
+    return false;
+
+  PyObject* params = PyDict_GetItem(group, k_params);
+  if (!params || !PyList_Check(params)) return false;
+  const Py_ssize_t n = PyList_GET_SIZE(params);
+  for (auto* list : {&out.params, &out.grads, &out.exp_avgs, &out.exp_avg_sqs, &out.state_steps}) list->reserve(n);
+  const Tensor none;
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    PyObject* p = PyList_GET_ITEM(params, i);
+    if (!is_plain(p)) return false;
+    const Tensor &param = THPVariable_Unpack(p), &grad = param.grad();
+    if (!grad.defined()) continue;
+    PyObject* s = state.of(p);
+    if (!s) return false;
+    PyObject *step = PyDict_GetItem(s, k_step), *exp_avg = PyDict_GetItem(s, k_exp_avg),
+             *exp_avg_sq = PyDict_GetItem(s, k_exp_avg_sq);
+    PyObject* top = amsgrad ? PyDict_GetItem(s, k_max_exp_avg_sq) : Py_None;
+    for (PyObject* o : {step, exp_avg, exp_avg_sq})
+      if (!o || !is_plain(o) || !ordinary(THPVariable_Unpack(o))) return false;
+    if (!top || (amsgrad && (!is_plain(top) || !ordinary(THPVariable_Unpack(top))))) return false;
+    if (!ordinary(param) || !ordinary(grad)) return false;
+    const Tensor &m = THPVariable_Unpack(exp_avg), &v = THPVariable_Unpack(exp_avg_sq), &t = THPVariable_Unpack(step);
+    const Tensor& max = amsgrad ? THPVariable_Unpack(top) : none;
+    if (!covers_adamw(param, grad, m, v, max, t)) return false;
+    out.params.push_back(param);
+    out.grads.push_back(grad);
+    out.exp_avgs.push_back(m);
+    out.exp_avg_sqs.push_back(v);
+    out.state_steps.push_back(t);
+    if (amsgrad) out.max_exp_avg_sqs.push_back(max);
+  }
+  return true;
+}
+
+// adamw_(param_groups, state, grad_scale, found_inf)
+PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4) return wrong_arguments("adamw_(param_groups, state, grad_scale, found_inf)");
+  if (!open() || !PyList_Check(args[0]) || !PyDict_Check(args[1]) || !is_plain_or_none(args[2]) ||
+      !is_plain_or_none(args[3]))
+    Py_RETURN_FALSE;
+  // Every group is read before any is changed.
+  std::vector<AdamWGroup> groups(PyList_GET_SIZE(args[0]));
+  StateReader state(args[1]);
+  for (size_t i = 0; i < groups.size(); ++i)
+    if (!read_group(PyList_GET_ITEM(args[0], i), state, groups[i])) Py_RETURN_FALSE;
+  const OptTensor grad_scale = optional_tensor(args[2]), found_inf = optional_tensor(args[3]);
+  pybind11::gil_scoped_release no_gil;
+  for (auto& g : groups)
+    if (!g.params.empty())
+      adamw_(
+          g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, g.max_exp_avg_sqs, g.state_steps, g.lr, g.beta1, g.beta2,
+          g.weight_decay, g.eps, g.maximize, grad_scale, found_inf);
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+// close(bool) -> bool: closes or opens the gate for this thread, and says how it was.
+PyObject* py_close(PyObject*, PyObject* value) {
+  const bool before = closed;
+  closed = PyObject_IsTrue(value) == 1;
+  return PyBool_FromLong(before);
+}
+
+// cpu_kernels() -> "avx512", "avx2" or None
+PyObject* py_cpu_kernels(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  if (!cpu_kernels()) Py_RETURN_NONE;
+  return PyUnicode_FromString(cpu_kernels()->name);
+  END_HANDLE_TH_ERRORS
+}
+
+#define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, nullptr}
+PyMethodDef methods[] = {
+    FAST("layer_norm", py_layer_norm),    FAST("gelu", py_gelu),
+    FAST("linear_gelu", py_linear_gelu),  FAST("adamw_", py_adamw_),
+    {"close", py_close, METH_O, nullptr}, {"cpu_kernels", py_cpu_kernels, METH_NOARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+}  // namespace nnfast
+
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&nnfast::module); }

@@ -1,0 +1,1 @@
+"""The Triton kernels, one file an op; installed as ``nnfast.kernels``."""

@@ -1,0 +1,116 @@
+"""The ops as functions: ours where the gate is open, torch's own everywhere else.
+
+Each asks the gate in ``csrc/python.cpp``, which answers with the result, or with None where the call is torch's.
+Under ``torch.compile``, export and scripting the plain torch ops are handed on: the compiler fuses them itself.
+"""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn import functional as _F
+
+from nnfast.backend import native, torch_serves
+
+
+def _nothing(*_):
+    return None
+
+
+_layer_norm = native.layer_norm if native else _nothing
+_gelu = native.gelu if native else _nothing
+_linear_gelu = native.linear_gelu if native else _nothing
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    r"""Layer normalization over the last dimensions, as :func:`torch.nn.functional.layer_norm`.
+
+    :math:`y = (x - E[x]) / \sqrt{Var[x] + eps} \cdot weight + bias` over each slice of ``normalized_shape``
+    (Ba, Kiros and Hinton, 2016; the formula in pieces: ``csrc/math/moments.h``).
+
+    Args:
+        input: ``(*, *normalized_shape)``, float32, bfloat16, float16 or float64, any strides.
+        normalized_shape: the sizes of the last dimensions.
+        weight, bias: ``normalized_shape``, in the input's dtype, or float32 beside a 16-bit input on a CPU.
+        eps: added to the variance.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype. Sums are taken in float32 (float64 for float64).
+
+    Raises:
+        RuntimeError: torch's own, for shapes that do not fit.
+    """
+    if not is_compiling():
+        output = _layer_norm(input, normalized_shape, weight, bias, eps)
+        if output is not None:
+            return output
+        torch_serves("layer_norm")
+    return _F.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
+    r"""The Gaussian error linear unit, as :func:`torch.nn.functional.gelu`.
+
+    ``approximate="none"``: :math:`x \Phi(x)`; ``"tanh"``:
+    :math:`x (1 + \tanh(\sqrt{2 / \pi} (x + 0.044715 x^3))) / 2` (Hendrycks and Gimpel, 2016; ``csrc/math/gelu.h``).
+
+    Args:
+        input: any shape; float32, bfloat16, float16 or float64.
+        approximate: ``"none"`` or ``"tanh"``.
+        out: where torch's op shall write, if anywhere.
+
+    Raises:
+        RuntimeError: torch's own, for another ``approximate``.
+    """
+    if out is not None:
+        return _F.gelu(input, approximate=approximate, out=out)
+    if not is_compiling():
+        output = _gelu(input, approximate)
+        if output is not None:
+            return output
+        torch_serves("gelu")
+    return _F.gelu(input, approximate=approximate)
+
+
+def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    r"""``gelu(linear(input, weight, bias), approximate=approximate)`` in one op.
+
+    :math:`\mathrm{gelu}(x W^T + b)`. Only the input and the pre-activation :math:`x W^T + b` are saved for the
+    backward, and the pre-activation is rounded to its dtype before the GELU, as the two calls would.
+
+    Args:
+        input: ``(*, in_features)``.
+        weight: ``(out_features, in_features)``, in the input's dtype.
+        bias: ``(out_features,)`` or None.
+        approximate: ``"none"`` (erf) or ``"tanh"``.
+
+    Returns:
+        ``(*, out_features)``, in the input's dtype, or autocast's where it is on.
+
+    Raises:
+        RuntimeError: torch's own, for shapes or dtypes that do not fit and for another ``approximate``.
+    """
+    if torch.jit.is_scripting():
+        return _F.gelu(_F.linear(input, weight, bias), approximate=approximate)
+    else:
+        if not is_compiling():
+            output = _linear_gelu(input, weight, bias, approximate)
+            if output is not None:
+                return output
+            torch_serves("linear_gelu")
+        return _F.gelu(_F.linear(input, weight, bias), approximate=approximate)
+
+
+# In a script that calls them, these two are torch's builtin operators.
+with contextlib.suppress(AttributeError, ImportError):
+    from torch.jit._builtins import _register_builtin
+
+    _register_builtin(layer_norm, "aten::layer_norm")
+    _register_builtin(gelu, "aten::gelu")

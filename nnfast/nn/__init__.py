@@ -1,0 +1,22 @@
+"""Everything in :mod:`torch.nn`; ours where ours is faster. What is not ours is torch's own object."""
+
+import torch.nn as _torch
+from torch.nn import *  # noqa: F403
+
+from nnfast import _alias
+from nnfast.nn import functional as functional
+from nnfast.nn.layer_norm import LayerNorm as LayerNorm
+from nnfast.nn.linear_gelu import GELU as GELU
+from nnfast.nn.linear_gelu import LinearGELU as LinearGELU
+from nnfast.nn.sequential import Sequential as Sequential
+from nnfast.nn.transformer import TransformerEncoderLayer as TransformerEncoderLayer
+
+_alias.install()
+
+
+def __getattr__(name: str):
+    return getattr(_torch, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_torch)})

@@ -1,0 +1,16 @@
+"""Everything in :mod:`torch.nn.functional`; ``layer_norm`` and ``gelu`` ours, and ``linear_gelu`` besides."""
+
+import torch.nn.functional as _torch
+from torch.nn.functional import *  # noqa: F403
+
+from nnfast.functional import gelu as gelu
+from nnfast.functional import layer_norm as layer_norm
+from nnfast.functional import linear_gelu as linear_gelu
+
+
+def __getattr__(name: str):
+    return getattr(_torch, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_torch)})

@@ -1,0 +1,63 @@
+"""Each op in plain torch, written as its formula: the oracle of the tests, and the place to read what an op means.
+
+Everything is differentiable and takes any floating dtype; in float64 it is what the kernels are measured against.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def layer_norm(
+    input: Tensor, normalized_shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias`` over the last dimensions; var is the biased one."""
+    dims = tuple(range(-len(normalized_shape), 0))
+    centred = input - input.mean(dims, keepdim=True)
+    output = centred / (centred.square().mean(dims, keepdim=True) + eps).sqrt()
+    if weight is not None:
+        output = output * weight
+    return output if bias is None else output + bias
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """``x P(x)``, P the normal distribution's, or its tanh approximation."""
+    if approximate == "tanh":
+        return input * (1 + torch.tanh(math.sqrt(2 / math.pi) * (input + 0.044715 * input**3))) / 2
+    # erfc, not 1 + erf, which has lost every digit for large negative x.
+    return input * torch.erfc(-input / math.sqrt(2)) / 2
+
+
+def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """``gelu(x W^T + b)``."""
+    pre = input @ weight.T
+    return gelu(pre if bias is None else pre + bias, approximate)
+
+
+def adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    step: int,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    maximize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Step number ``step``, from 1: the new param, exp_avg, exp_avg_sq and max_exp_avg_sq (None: no amsgrad)."""
+    if maximize:
+        grad = -grad
+    param = param * (1 - lr * weight_decay)
+    exp_avg = exp_avg + (grad - exp_avg) * (1 - beta1)
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * (1 - beta2)
+    largest = exp_avg_sq
+    if max_exp_avg_sq is not None:
+        largest = max_exp_avg_sq = torch.maximum(max_exp_avg_sq, exp_avg_sq)
+    denominator = largest.sqrt() / math.sqrt(1 - beta2**step) + eps
+    return param - lr / (1 - beta1**step) * exp_avg / denominator, exp_avg, exp_avg_sq, max_exp_avg_sq

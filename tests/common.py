@@ -1,0 +1,58 @@
+"""What the tests of the ops share: dtypes, awkward layouts, and how close is close enough."""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
+
+
+def double(t: Tensor | None) -> Tensor | None:
+    """The same values in float64, a leaf that requires a gradient where t does."""
+    return None if t is None else t.detach().double().requires_grad_(t.requires_grad)
+
+
+def assert_close(ours: Tensor, torchs: Tensor, exact: Tensor, what: str = "", scale: float = 0) -> None:
+    """``ours`` is as near to ``exact``, which is in float64, as ``torchs`` is, up to the luck of rounding.
+
+    The bound: twice torch's largest error, for two ways to the same sum are two draws from one distribution, and
+    one unit in the last place at the tensor's largest value, for torch's draw may have been zero. ``scale`` is the
+    size of the terms, where they cancel to something smaller. In float64 ``exact`` is itself such a draw, and what
+    it is compared with is taken four times as wide.
+    Whether we are worse on average is what the tests named ``no_less_accurate`` look at, over many values.
+    """
+    assert ours.dtype == torchs.dtype and ours.shape == torchs.shape == exact.shape, what
+    unit, draws = torch.finfo(ours.dtype).eps, 2 if ours.dtype != torch.float64 else 8
+    ours, torchs, exact = (t.detach().double() for t in (ours, torchs, exact))
+    assert torch.equal(ours.isnan(), torchs.isnan()), f"{what}: NaN elsewhere than torch's"
+    finite = exact.isfinite() & torchs.isfinite()
+    if finite.any():
+        error, torchs_error = ((t - exact)[finite].abs().max() for t in (ours, torchs))
+        bound = draws * (torchs_error + unit / 2 * max(exact[finite].abs().max(), scale))
+        assert error <= bound, f"{what}: error {error:.3g} over the bound of {bound:.3g}"
+
+
+def rms(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def layouts(t: Tensor) -> dict[str, Tensor]:
+    """The values of a matrix or batch of them, in memory in all the ways a user's tensor may lie."""
+    wide = t.new_empty(*t.shape[:-1], t.shape[-1] + 3)
+    wide[..., : t.shape[-1]] = t
+    apart = t.new_empty(*t.shape[:-1], 2 * t.shape[-1])
+    apart[..., ::2] = t
+    flat = t.new_empty(t.numel() + 7)
+    offsets = {}
+    for k in (1, 3, 7):
+        flat = t.new_empty(t.numel() + 7)
+        offsets[f"offset {k}"] = flat[k : k + t.numel()].view(t.shape).copy_(t)
+    return {
+        "contiguous": t.contiguous(),
+        "rows apart": wide[..., : t.shape[-1]],
+        "elements apart": apart[..., ::2],
+        "transposed": t.transpose(0, -1).contiguous().transpose(0, -1),
+        "one row expanded": t[:1].expand_as(t),
+        "one element expanded": t.flatten()[:1].view([1] * t.dim()).expand_as(t),
+        **offsets,
+    }

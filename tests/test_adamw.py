@@ -1,0 +1,423 @@
+"""AdamW: values, state, checkpoints, hooks. A1 .. A11 are the rows of the contract (tests/README.md)."""
+
+import copy
+import io
+import itertools
+import pickle
+import warnings
+
+import pytest
+import torch
+from common import DTYPES, HALF, assert_close, rms
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.testing._internal.common_optimizers import optim_error_inputs_func_adamw
+
+import nnfast.optim as optim
+from nnfast import reference
+
+# One register and its neighbours, a block of four and one over, and nothing at the start, middle and end.
+SIZES = [(0,), (1,), (15,), (16,), (17,), (67,), (), (3, 0, 2), (5, 13), (64, 64), (40000,), (0, 4)]
+
+OPTIONS = [
+    {},
+    {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.3},
+    {"amsgrad": True},
+    {"maximize": True, "weight_decay": 0.0},
+    {"amsgrad": True, "maximize": True, "lr": 0.02},
+    {"fused": True},
+]
+
+
+def sample_inputs(dtype, sizes=SIZES, steps=4):
+    """Parameters, and for each step a gradient for each."""
+    params = [torch.randn(s, dtype=torch.float64).to(dtype) for s in sizes]
+    grads = [[torch.randn(s, dtype=torch.float64).to(dtype) for s in sizes] for _ in range(steps)]
+    return params, grads
+
+
+def train(optimizer_class, params, grads, **options):
+    params = [p.clone().requires_grad_() for p in params]
+    optimizer = optimizer_class(params, **options)
+    for step in grads:
+        for p, g in zip(params, step, strict=True):
+            p.grad = None if g is None else g.clone()
+        optimizer.step()
+    return params, optimizer
+
+
+def exact(params, grads, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, amsgrad=False, maximize=False, **_):
+    """The same in float64, from the formula."""
+    result = []
+    for i, p in enumerate(params):
+        p, m = p.double(), torch.zeros(p.shape, dtype=torch.float64)
+        v, top = m, m if amsgrad else None
+        for t, step in enumerate(grads, 1):
+            p, m, v, top = reference.adamw(
+                p, step[i].double(), m, v, top, t, lr=lr, beta1=betas[0], beta2=betas[1],
+                weight_decay=weight_decay, eps=eps, maximize=maximize,
+            )  # fmt: skip
+        result.append(p)
+    return result
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values(dtype, options):
+    """A6, A7: against float64 and beside torch's, over sizes and options."""
+    params, grads = sample_inputs(dtype)
+    ours, optimizer = train(optim.AdamW, params, grads, **options)
+    torchs, theirs = train(torch.optim.AdamW, params, grads, **{"fused": dtype is not torch.float64, **options})
+    for p, q, true in zip(ours, torchs, exact(params, grads, **options), strict=True):
+        assert_close(p, q, true, f"{tuple(p.shape)}")
+    unit = torch.finfo(dtype).eps
+    for p, q in zip(ours, torchs, strict=True):
+        a, b = optimizer.state[p], theirs.state[q]
+        assert list(a) == list(b) and a["step"] == b["step"] == 4 and a["step"].dtype == b["step"].dtype
+        for key in a:
+            torch.testing.assert_close(a[key], b[key], rtol=8 * unit, atol=8 * unit)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_less_accurate_than_torch(dtype):
+    params, grads = sample_inputs(dtype, [(100000,)], steps=10)
+    (true,) = exact(params, grads, lr=0.01)
+    (ours,), _ = train(optim.AdamW, params, grads, lr=0.01)
+    for kwargs in ({}, {"foreach": True}, {"fused": True}):
+        (torchs,), _ = train(torch.optim.AdamW, params, grads, lr=0.01, **kwargs)
+        assert rms(ours.double() - true) <= 1.05 * rms(torchs.double() - true), kwargs
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", HALF)
+def test_every_element_is_updated(dtype):
+    """A8: sizes around the register width in 16 bits (torch's own kernel once skipped whole blocks)."""
+    for size in (*range(1, 70), 127, 129, 131, 259):
+        param = torch.ones(size, dtype=dtype, requires_grad=True)
+        param.grad = torch.ones(size, dtype=dtype)
+        optim.AdamW([param], lr=0.5).step()
+        assert (param == param[0]).all() and param[0] < 0.75
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_layouts():
+    """A8: parameters that are not contiguous, gradients with other strides, misaligned views of one buffer."""
+    base = torch.randn(8, 6)
+    variants = {
+        "transposed parameter": (base.t().contiguous().t(), base),
+        "transposed gradient": (base.clone(), base.t().contiguous().t()),
+        "channels last": (torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), torch.randn(2, 3, 4, 5)),
+        "expanded gradient": (base.clone(), torch.randn(1, 1).expand(8, 6)),
+        "misaligned": (torch.randn(200)[3:51].view(8, 6), torch.randn(200)[5:53].view(8, 6)),
+        "gradient with gaps": (base.clone(), torch.randn(8, 12)[:, ::2]),
+    }
+    for name, (param, grad) in variants.items():
+        results = []
+        for kind in (optim.AdamW, torch.optim.AdamW):
+            p = param.detach().clone(memory_format=torch.preserve_format) if name != "misaligned" else param.detach()
+            q = p if name != "misaligned" else param.clone()
+            q = q.requires_grad_()
+            q.grad = grad.clone(memory_format=torch.preserve_format) if name != "expanded gradient" else grad.clone()
+            optimizer = kind([q], lr=0.1)
+            optimizer.step()
+            optimizer.step()
+            assert optimizer.state[q]["exp_avg"].stride() == q.stride()
+            results.append(q.detach())
+        torch.testing.assert_close(*results, msg=name)
+
+
+def test_parameters_with_gaps_are_torchs():
+    """A8: the kernels want a parameter without gaps; torch serves the others, and only they."""
+    holder = torch.randn(8, 12)
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        p, q = holder.clone()[:, ::2].requires_grad_(), torch.ones(4, requires_grad=True)
+        p.grad, q.grad = torch.ones(8, 6), torch.ones(4)
+        optimizer = kind([p, q], lr=0.1)
+        optimizer.step()
+        results.append((p.detach(), q.detach()))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_opcheck():
+    def lists(n):
+        return [[torch.rand(3, 4) for _ in range(n)] for _ in range(4)]
+
+    kwargs = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
+    for amsgrad, n in itertools.product((True, False), (1, 3)):
+        top = [torch.rand(3, 4) for _ in range(n)] if amsgrad else []
+        args = (*lists(n), top, [torch.tensor(2.0) for _ in range(n)])
+        torch.library.opcheck(
+            torch.ops.nnfast.adamw_.default, args, kwargs, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_constructor_errors_are_torchs():
+    """A1: type and text, whether the constructor raises or warns."""
+    for error in optim_error_inputs_func_adamw("cpu", torch.float32):
+        given, said = error.optimizer_error_input, []
+        for kind in (optim.AdamW, torch.optim.AdamW):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                try:
+                    kind(copy.copy(given.params), **given.kwargs)
+                    raised = None
+                except Exception as e:
+                    raised = type(e), str(e)
+            said.append((raised, [(w.category, str(w.message)) for w in caught]))
+        assert said[0] == said[1] != (None, []), given.desc
+    with pytest.raises(TypeError):
+        optim.AdamW(torch.randn(3))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        optim.AdamW([])
+    p = torch.zeros(2, requires_grad=True)
+    with pytest.warns(UserWarning, match="duplicate"):
+        optim.AdamW([p, p])
+
+
+def test_sparse_gradient_is_refused_before_anything_changes():
+    """A7, A11: torch's error, with every parameter as it was, in the groups before it too."""
+    good, bad = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    optimizer = optim.AdamW([{"params": [good]}, {"params": [bad]}])
+    good.grad, bad.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    before, steps = good.detach().clone(), optimizer.state[good]["step"].item()
+    bad.grad = torch.ones(3).to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert torch.equal(good, before) and optimizer.state[good]["step"].item() == steps
+
+
+def test_signature_and_groups():
+    """A1, A2."""
+    p = torch.zeros(3, requires_grad=True)
+    ours, theirs = optim.AdamW([p]), torch.optim.AdamW([p])
+    assert isinstance(ours, torch.optim.AdamW) and ours.defaults == theirs.defaults
+    assert list(ours.param_groups[0]) == list(theirs.param_groups[0]) and repr(ours) == repr(theirs)
+    assert not hasattr(ours, "_step_supports_amp_scaling")
+    assert optim.AdamW([p], fused=True)._step_supports_amp_scaling
+
+
+@pytest.mark.parametrize("kinds", [(optim.AdamW, torch.optim.AdamW), (torch.optim.AdamW, optim.AdamW)])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_checkpoints_go_both_ways(kinds, options):
+    """A3: three steps in one, saved, loaded with weights_only, three in the other: as six in torch's."""
+    params, grads = sample_inputs(torch.float32, [(3, 4), (5,), (0,)], steps=6)
+    first, optimizer = train(kinds[0], params, grads[:3], **options)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    second = [p.detach().clone().requires_grad_() for p in first]
+    resumed = kinds[1](second)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for step in grads[3:]:
+        for p, g in zip(second, step, strict=True):
+            p.grad = g.clone()
+        resumed.step()
+    whole, _ = train(torch.optim.AdamW, params, grads, **options)
+    torch.testing.assert_close(second, whole)
+
+
+def test_old_checkpoints():
+    """A3: no flags but the first ones, and step a number."""
+    params, grads = sample_inputs(torch.float32, [(4,)], steps=2)
+    (p,), optimizer = train(optim.AdamW, params, grads)
+    state = optimizer.state_dict()
+    state["state"][0]["step"] = 2
+    for key in ("maximize", "foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"):
+        del state["param_groups"][0][key]
+    again = optim.AdamW([p])
+    again.load_state_dict(copy.deepcopy(state))
+    again.step()
+    assert again.state[p]["step"] == 3 and again.state[p]["step"].dtype == torch.float32
+
+
+def test_pickle_and_deepcopy():
+    """A3."""
+    params, grads = sample_inputs(torch.float32, [(4,)], steps=2)
+    (p,), optimizer = train(optim.AdamW, params, grads, lr=0.1)
+    for again in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(again) is optim.AdamW
+        (q,) = again.param_groups[0]["params"]
+        q.grad = torch.ones(4)
+        p.grad = torch.ones(4)
+        q_before = q.detach().clone()
+        again.step()
+        assert not torch.equal(q, q_before)
+
+
+def test_hooks_fire_once_and_in_order():
+    """A4."""
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    optimizer, fired = optim.AdamW([p]), []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: fired.append("global pre") and None),
+        optimizer.register_step_pre_hook(lambda *_: fired.append("pre") and None),
+        optimizer.register_step_post_hook(lambda *_: fired.append("post")),
+        register_optimizer_step_post_hook(lambda *_: fired.append("global post")),
+    ]
+    optimizer.step()
+    assert fired == ["global pre", "pre", "post", "global post"]
+    for handle in handles:
+        handle.remove()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert any(e.key == "Optimizer.step#AdamW.step" for e in profile.key_averages())
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_groups_are_read_at_every_step():
+    """A4, A5: lr by number and by tensor, betas, a new group, None and zero gradients, unfreezing."""
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        torch.manual_seed(1)
+        a, b, c = (torch.randn(5).requires_grad_() for _ in range(3))
+        optimizer = kind([a, b], lr=torch.tensor(0.1), weight_decay=0.1)
+        for step in range(8):
+            a.grad = torch.randn(5) if step % 3 else torch.zeros(5)
+            b.grad = torch.randn(5) if step not in (0, 4) else None
+            c.grad = torch.randn(5)
+            if step == 2:
+                optimizer.param_groups[0]["lr"].fill_(0.01)
+            if step == 3:
+                optimizer.param_groups[0].update(lr=0.02, betas=(0.8, 0.95), eps=1e-3)
+            if step == 5:
+                optimizer.add_param_group({"params": [c], "weight_decay": 0.0, "amsgrad": True})
+            if step == 6:
+                optimizer.state[a]["exp_avg"] = torch.zeros(5)
+            if step == 7:
+                optimizer.state[b] = {}
+            optimizer.step()
+        results.append([a.detach(), b.detach(), c.detach(), *(optimizer.state[p]["step"] for p in (a, b, c))])
+    torch.testing.assert_close(*results)
+    assert [s.item() for s in results[0][3:]] == [8, 1, 3]
+
+
+def test_schedulers():
+    """A4: LambdaLR, and OneCycle, which rewrites betas."""
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        p = torch.ones(4, requires_grad=True)
+        optimizer = kind([p], lr=0.1)
+        cycle = optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=12)
+        for step in range(10):
+            p.grad = torch.full((4,), float(step))
+            optimizer.step()
+            cycle.step()
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
+def test_closure():
+    """A5: called once, with gradients on, and its loss returned."""
+    p = torch.ones(3, requires_grad=True)
+    optimizer = optim.AdamW([p])
+
+    def closure():
+        assert torch.is_grad_enabled()
+        optimizer.zero_grad()
+        loss = p.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure) == 3 and (p < 1).all()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_in_place_and_counted():
+    """A6: the same storage, one version more, gradients untouched."""
+    p = torch.randn(5).requires_grad_()
+    p.grad = torch.randn(5)
+    optimizer, before, grad = optim.AdamW([p]), p.data_ptr(), p.grad.clone()
+    optimizer.step()
+    state = optimizer.state[p]
+    tensors = [p, state["exp_avg"], state["exp_avg_sq"], state["step"]]
+    versions = [t._version for t in tensors]
+    product = p * 2.0 * p
+    optimizer.step()
+    assert p.data_ptr() == before and torch.equal(p.grad, grad) and p.grad._version == 0
+    assert [t._version for t in tensors] == [v + 1 for v in versions]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+
+
+def test_grad_scaler():
+    """A7: with fused=True the scaler's scale and its verdict reach the kernel; without, it unscales by itself."""
+    for kwargs in ({"fused": True}, {}):
+        results = []
+        for kind in (optim.AdamW, torch.optim.AdamW):
+            p = torch.ones(40, requires_grad=True)
+            optimizer, scaler = kind([p], lr=0.1, **kwargs), torch.amp.GradScaler("cpu", init_scale=128.0)
+            for step in range(4):
+                optimizer.zero_grad()
+                factor = float("inf") if step == 2 else 1.0
+                scaler.scale((p * torch.arange(40.0)).sum() * factor).backward()
+                scaler.step(optimizer)
+                scaler.update()
+            results.append((p.detach(), optimizer.state[p]["step"], p.grad, torch.tensor(scaler.get_scale())))
+        torch.testing.assert_close(*results, equal_nan=True)
+        assert results[0][1] == 3
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_mixed_dtypes_in_one_group():
+    """A7."""
+    params = [torch.randn(33, dtype=torch.float64).to(d) for d in DTYPES]
+    grads = [[torch.randn(33, dtype=torch.float64).to(d) for d in DTYPES] for _ in range(3)]
+    ours, _ = train(optim.AdamW, params, grads, lr=0.1)
+    alone = [train(optim.AdamW, [p], [[g[i]] for g in grads], lr=0.1)[0][0] for i, p in enumerate(params)]
+    assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
+
+
+@pytest.mark.parametrize("foreach", [True, False])
+def test_complex_beside_real(foreach):
+    """A7: a group with a complex parameter is torch's."""
+    params, grads = sample_inputs(torch.float32, [(3,), (4,)], steps=3)
+    params[0] = torch.randn(3, dtype=torch.complex64)
+    grads = [[torch.randn(3, dtype=torch.complex64), g[1]] for g in grads]
+    ours, theirs = (train(kind, params, grads, foreach=foreach)[0] for kind in (optim.AdamW, torch.optim.AdamW))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_differentiable():
+    """A9: the gradient of the updated parameter with respect to the gradient is torch's."""
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        start, grad = torch.ones(4, requires_grad=True), torch.arange(1.0, 5.0, requires_grad=True)
+        p = start.clone()
+        optimizer = kind([p], lr=0.1, eps=0.5, differentiable=True)
+        p.grad = grad
+        optimizer.step()
+        results.append(torch.autograd.grad(p.square().sum(), (start, grad)))
+    torch.testing.assert_close(*results)
+
+
+def test_errors_at_step_are_torchs():
+    """A1: a tensor lr with foreach, which torch refuses at the step."""
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    said = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        optimizer = kind([p], lr=torch.tensor(0.1))
+        optimizer.step()
+        optimizer.param_groups[0]["foreach"] = True
+        with pytest.raises(RuntimeError) as error:
+            optimizer.step()
+        said.append(str(error.value))
+    assert said[0] == said[1]
+
+
+def test_nan_and_infinity_reach_the_state_as_torchs():
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        p = torch.ones(40, requires_grad=True)
+        optimizer = kind([p], amsgrad=True)
+        for value in (1.0, float("nan"), 2.0, float("inf")):
+            p.grad = torch.ones(40)
+            p.grad[::3] = value
+            optimizer.step()
+        results.append([p.detach(), *optimizer.state[p].values()])
+    torch.testing.assert_close(*results, equal_nan=True)

@@ -1,0 +1,345 @@
+"""Linear+GELU, GELU and the Sequential that fuses them. G1 .. G7 are the rows of the contract (tests/README.md)."""
+
+import itertools
+from collections import OrderedDict
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from common import DTYPES, assert_close, double, layouts, rms
+
+import nnfast.nn as nn
+import nnfast.nn.functional as F
+from nnfast import reference
+
+APPROXIMATE = ("none", "tanh")
+
+# (input's shape, out_features): 1-D to 4-D, one feature, one row, sizes over and under a register, and one product
+# large enough for the library that serves large ones.
+SHAPES = [((5,), 3), ((1, 1), 1), ((4, 7), 9), ((2, 3, 17), 33), ((2, 1, 3, 8), 15), ((64, 65), 130), ((300, 100), 200)]
+
+
+def sample_inputs(dtype, requires_grad=True, shapes=SHAPES):
+    """(input, weight, bias, approximate) over the shapes, with and without bias."""
+    for (shape, out), has_bias, approximate in itertools.product(shapes, (True, False), APPROXIMATE):
+
+        def make(*size):
+            return torch.randn(size, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+        yield make(*shape), make(out, shape[-1]), make(out) if has_bias else None, approximate
+
+
+def torchs_linear_gelu(input, weight, bias, approximate):
+    return TF.gelu(TF.linear(input, weight, bias), approximate=approximate)
+
+
+def run(function, args, grad_out):
+    output = function(*args)
+    leaves = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
+    return [output, *torch.autograd.grad(output, leaves, grad_out)]
+
+
+def compare(args, grad_out, what):
+    exact = [double(a) if isinstance(a, torch.Tensor) else a for a in args]
+    results = (
+        run(F.linear_gelu, args, grad_out),
+        run(torchs_linear_gelu, args, grad_out),
+        run(reference.linear_gelu, exact, grad_out.double()),
+    )
+    for name, ours, torchs, true in zip(("output", "input", "weight", "bias"), *results, strict=False):
+        assert_close(ours, torchs, true, f"{what}: {name}")
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(dtype):
+    """G1: against float64, over shapes and dtypes."""
+    for args in sample_inputs(dtype):
+        grad_out = torch.randn(*args[0].shape[:-1], len(args[1])).to(dtype)
+        compare(args, grad_out, f"{tuple(args[0].shape)} -> {len(args[1])}, {args[3]}")
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_values_and_gradients(dtype, approximate):
+    for shape in ((), (1,), (5,), (16,), (17,), (64,), (3, 65), (2, 3, 1000), (40000,)):
+        x, g = (4 * torch.randn(shape)).to(dtype).requires_grad_(), torch.randn(shape).to(dtype)
+        results = []
+        for f, a, b in ((F.gelu, x, g), (TF.gelu, x, g), (reference.gelu, double(x), g.double())):
+            output = f(a, approximate=approximate)
+            results.append((output, *torch.autograd.grad(output, a, b)))
+        for ours, torchs, exact in zip(*results, strict=True):
+            assert_close(ours, torchs, exact, f"{shape}", scale=x.abs().max().item())
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_gelu_is_no_less_accurate_than_torch(approximate):
+    x = torch.linspace(-12, 12, 200001, requires_grad=True)
+    exact_x = double(x)
+    exact, ours, torchs = (
+        reference.gelu(exact_x, approximate),
+        F.gelu(x, approximate=approximate),
+        TF.gelu(x, approximate=approximate),
+    )
+    assert rms(ours.double() - exact) <= 1.05 * rms(torchs.double() - exact)
+    grads = [torch.autograd.grad(y.sum(), leaf)[0].double() for y, leaf in ((exact, exact_x), (ours, x), (torchs, x))]
+    assert rms(grads[1] - grads[0]) <= 1.05 * rms(grads[2] - grads[0])
+    # Near zero gelu(x) is x / 2, and far out it is x or 0, to the last bit.
+    tiny = torch.tensor([1e-30, -1e-30, 1e-10])
+    assert torch.equal(F.gelu(tiny, approximate=approximate), tiny / 2)
+    far = torch.tensor([20.0, 1e30, -20.0, -1e30])
+    assert torch.equal(F.gelu(far, approximate=approximate), torch.tensor([20.0, 1e30, 0.0, 0.0]))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("size", [1, 8, 16, 70])
+def test_nan_and_infinity(approximate, size):
+    """As in float64: gelu(inf) is inf, gelu(-inf) is 0 times infinity; the neighbours do not see it."""
+    for value, expected in ((float("inf"), float("inf")), (float("-inf"), float("nan")), (float("nan"), float("nan"))):
+        x = torch.randn(size)
+        x[size // 2] = value
+        output = F.gelu(x, approximate=approximate)
+        torch.testing.assert_close(output[size // 2], torch.tensor(expected), equal_nan=True)
+        assert output.isfinite().sum() == size - 1
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(dtype):
+    weight, bias = torch.randn(9, 37).to(dtype).requires_grad_(), torch.randn(9).to(dtype).requires_grad_()
+    inputs, grads = layouts(torch.randn(6, 5, 37).to(dtype)), layouts(torch.randn(6, 5, 9).to(dtype))
+    for (name, input), (grad_name, grad_out) in itertools.product(inputs.items(), grads.items()):
+        compare((input.detach().requires_grad_(), weight, bias, "none"), grad_out, f"{name}, gradient {grad_name}")
+    for name, w in layouts(weight.detach()).items():
+        compare(
+            (inputs["contiguous"], w.detach().requires_grad_(), bias, "tanh"), grads["contiguous"], f"weight {name}"
+        )
+    for name, x in layouts(torch.randn(4, 3, 21).to(dtype)).items():
+        ours, torchs = F.gelu(x), TF.gelu(x)
+        assert_close(ours, torchs, reference.gelu(x.double()), name)
+        assert ours.stride() == torchs.stride(), name
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+def test_gradcheck(approximate):
+    x, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (5, 4), (5,)))
+    for bias in (b, None):
+        f = lambda *a: F.linear_gelu(*a, approximate=approximate)  # noqa: E731
+        assert torch.autograd.gradcheck(f, (x, w, bias))
+        assert torch.autograd.gradgradcheck(f, (x, w, bias))
+    g = lambda a: F.gelu(a, approximate=approximate)  # noqa: E731
+    assert torch.autograd.gradcheck(g, (x,)) and torch.autograd.gradgradcheck(g, (x,))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_only_the_gradients_that_are_wanted():
+    """G6: every combination of frozen input, weight and bias."""
+    for mask in itertools.product((True, False), repeat=3):
+        if not any(mask):
+            continue
+        tensors = [torch.randn(3, 10), torch.randn(7, 10), torch.randn(7)]
+        for t, wanted in zip(tensors, mask, strict=True):
+            t.requires_grad_(wanted)
+        compare((*tensors, "none"), torch.randn(3, 7), str(mask))
+        F.linear_gelu(*tensors).sum().backward()
+        assert [t.grad is not None for t in tensors] == list(mask)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_saves_the_input_and_the_pre_activation_alone():
+    saved = []
+    x, w, b = torch.randn(6, 10).requires_grad_(), torch.randn(7, 10).requires_grad_(), torch.randn(7).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        F.linear_gelu(x, w, b)
+    shapes = sorted(tuple(t.shape) for t in saved if t.data_ptr() != w.data_ptr())
+    assert shapes == [(6, 7), (6, 10)]
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_batch(dtype):
+    x = torch.empty(0, 5, dtype=dtype, requires_grad=True)
+    w, b = torch.ones(3, 5, dtype=dtype, requires_grad=True), torch.ones(3, dtype=dtype, requires_grad=True)
+    output = F.linear_gelu(x, w, b)
+    output.sum().backward()
+    assert output.shape == (0, 3) and x.grad.shape == (0, 5) and w.grad.eq(0).all() and b.grad.eq(0).all()
+    assert F.gelu(x).shape == (0, 5)
+
+
+def test_errors_are_torchs():
+    """G1: type and text, for the shapes, the dtypes and approximate."""
+    x, w, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    for args in (
+        (x, torch.randn(5, 3), b, "none"),
+        (x, w, torch.randn(4), "none"),
+        (x, w.double(), b, "none"),
+        (x.long(), w, b, "none"),
+        (x, w, b, "sigmoid"),
+        (torch.randn(()), w, b, "none"),
+        (x, None, b, "none"),
+        (x, w, b, None),
+    ):
+        with pytest.raises(Exception) as ours:
+            F.linear_gelu(*args)
+        with pytest.raises(Exception) as theirs:
+            torchs_linear_gelu(*args)
+        assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
+    for bad in ((x.long(), "none"), (x, "erf"), (None, "none")):
+        with pytest.raises(Exception) as ours:
+            F.gelu(bad[0], approximate=bad[1])
+        with pytest.raises(Exception) as theirs:
+            TF.gelu(bad[0], approximate=bad[1])
+        assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    """G2: the output has autocast's dtype, the gradients the parameters'."""
+    ours = nn.Sequential(nn.Linear(20, 30), nn.GELU(), nn.Linear(30, 4))
+    theirs = torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.GELU(), torch.nn.Linear(30, 4))
+    theirs.load_state_dict(ours.state_dict())
+    for input_dtype in (torch.float32, dtype):
+        x, grads = torch.randn(8, 20).to(input_dtype), []
+        for model in (ours, theirs):
+            model.zero_grad()
+            with torch.autocast("cpu", dtype=dtype):
+                output = model(x)
+                assert output.dtype == dtype and model[:2](x).dtype == dtype
+                output.float().square().sum().backward()
+            grads.append([output, *(p.grad for p in model.parameters())])
+        for a, b in zip(*grads, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_opcheck():
+    shapes = [((5,), 3), ((4, 7), 9), ((2, 3, 4), 5), ((0, 4), 5)]
+    for requires_grad in (True, False):
+        for x, w, b, approximate in sample_inputs(torch.float32, requires_grad, shapes):
+            torch.library.opcheck(torch.ops.nnfast.linear_gelu.default, (x, w, b), {"approximate": approximate})
+        x = torch.randn(3, 4, 5).transpose(0, 2).requires_grad_(requires_grad)
+        torch.library.opcheck(torch.ops.nnfast.gelu.default, (x,), {"approximate": "tanh"})
+    x, w, pre, g = torch.randn(6, 4), torch.randn(5, 4), torch.randn(6, 5), torch.randn(6, 5)
+    for mask in ((True, True, True), (False, True, False), (True, False, True)):
+        torch.library.opcheck(
+            torch.ops.nnfast.linear_gelu_backward.default, (g, x, w, pre), {"approximate": "none", "output_mask": mask}
+        )
+    torch.library.opcheck(torch.ops.nnfast.gelu_backward.default, (g, pre), {"approximate": "none"})
+
+
+def test_linear_gelu_module():
+    """G1: Linear's signature, RNG order, keys and repr."""
+    for kwargs in ({}, {"bias": False}, {"dtype": torch.float64}, {"approximate": "tanh"}):
+        torch.manual_seed(3)
+        ours = nn.LinearGELU(6, 4, **kwargs)
+        torch.manual_seed(3)
+        theirs = torch.nn.Linear(6, 4, **{k: v for k, v in kwargs.items() if k != "approximate"})
+        assert isinstance(ours, torch.nn.Linear) and list(ours.state_dict()) == list(theirs.state_dict())
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        x = torch.randn(5, 6, dtype=kwargs.get("dtype", torch.float32))
+        torch.testing.assert_close(ours(x), TF.gelu(theirs(x), approximate=ours.approximate))
+        assert repr(theirs)[:-1].split("(")[1] in repr(ours) and repr(ours.approximate) in repr(ours)
+
+
+def _calls(monkeypatch):
+    """Counts the calls of the fused op."""
+    calls = []
+    real = F.linear_gelu
+    monkeypatch.setattr("nnfast.functional.linear_gelu", lambda *a, **k: calls.append(1) or real(*a, **k))
+    return calls
+
+
+def test_sequential_fuses(monkeypatch):
+    """G3, G4, G5: what is fused, and all that turns it off."""
+    calls = _calls(monkeypatch)
+    x = torch.randn(3, 4)
+
+    def fused(model, times):
+        calls.clear()
+        plain = torch.nn.Sequential(*model)
+        torch.testing.assert_close(model(x), plain(x))
+        assert len(calls) == times, model
+
+    lin, gelu = nn.Linear(4, 4), nn.GELU()
+    fused(nn.Sequential(lin, gelu), 1)
+    fused(nn.Sequential(lin, torch.nn.GELU("tanh")), 1)
+    fused(nn.Sequential(lin, lin, gelu, lin, gelu, gelu), 2)
+    fused(nn.Sequential(gelu, lin), 0)
+    fused(nn.Sequential(lin, nn.ReLU(), gelu), 0)
+    fused(nn.Sequential(), 0)
+    fused(nn.Sequential(nn.LinearGELU(4, 4), nn.ReLU()), 2)  # once a run of its own
+    fused(nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), gelu), 0)
+    fused(nn.Sequential(torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)).eval(), gelu), 0)
+
+    class Mine(torch.nn.Linear):
+        pass
+
+    fused(nn.Sequential(Mine(4, 4), gelu), 0)
+    patched = nn.Linear(4, 4)
+    patched.forward = lambda x: torch.nn.functional.linear(x, patched.weight) * 2
+    fused(nn.Sequential(patched, gelu), 0)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    fused(model, 1)
+    for child in model:
+        for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+            fired = []
+            handle = getattr(child, register)(lambda *a, fired=fired: fired.append(1) and None)
+            fused(model, 0)
+            assert fired or register == "register_full_backward_hook"
+            handle.remove()
+            fused(model, 1)
+    fired = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *a: fired.append(1) and None)
+    fused(model, 0)
+    assert fired
+    handle.remove()
+
+
+def test_sequential_is_torchs():
+    """G5: get, set, insert, delete, slice, pop, extend, +, *, names; children looked at afresh."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4))
+    assert type(model[:2]) is nn.Sequential and len(model) == 3 and isinstance(model, torch.nn.Sequential)
+    model.insert(1, nn.ReLU())
+    assert [type(m).__name__ for m in model] == ["Linear", "ReLU", "GELU", "Linear"]
+    del model[1]
+    model[2] = nn.Tanh()
+    assert isinstance(model.pop(2), nn.Tanh) and len(model.extend([nn.GELU()])) == 3
+    assert len(model + model) == 6 and len(model * 2) == 6 and len(nn.Sequential(model, model)) == 2
+    named = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), act=nn.GELU()))
+    assert list(named.state_dict()) == ["fc.weight", "fc.bias"] and [n for n, _ in named.named_children()] == [
+        "fc",
+        "act",
+    ]
+    x = torch.randn(2, 4)
+    before = named(x)
+    named.act = nn.ReLU()
+    torch.testing.assert_close(named(x), named.fc(x).relu())
+    assert not torch.equal(before, named(x))
+
+
+def test_transformer_encoder_layer():
+    for kwargs in (
+        {"activation": "gelu"},
+        {"activation": F.gelu, "norm_first": True},
+        {"activation": nn.GELU("tanh")},
+        {},
+    ):
+        ours = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, **kwargs)
+        theirs = torch.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, **kwargs)
+        theirs.load_state_dict(ours.state_dict(), strict=True)
+        x, grads = torch.randn(3, 5, 16), []
+        for layer in (ours, theirs):
+            layer(x).square().sum().backward()
+            grads.append([p.grad for p in layer.parameters()])
+        torch.testing.assert_close(*grads)
+        with torch.no_grad():
+            torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+        stacked = torch.nn.TransformerEncoder(ours, 2)
+        assert all(isinstance(m, nn.TransformerEncoderLayer) for m in stacked.layers) and stacked(x).shape == x.shape

@@ -1,0 +1,135 @@
+"""The public surface: every name of torch's resolves, and what is not ours is torch's own object."""
+
+import importlib
+import pkgutil
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as TF
+
+import nnfast
+import nnfast.nn.functional as F
+from nnfast import backend, nn, optim
+
+OURS = {
+    "nn": {"LayerNorm", "LinearGELU", "GELU", "Sequential", "TransformerEncoderLayer", "functional"},
+    "nn.functional": {"layer_norm", "gelu", "linear_gelu"},
+    "optim": {"AdamW"},
+}
+
+
+@pytest.mark.parametrize("module", OURS)
+def test_every_public_name(module):
+    ours, theirs = importlib.import_module(f"nnfast.{module}"), importlib.import_module(f"torch.{module}")
+    for name in dir(theirs):
+        if not name.startswith("__") and name not in OURS[module]:
+            assert getattr(ours, name) is getattr(theirs, name), name
+    for name in OURS[module]:
+        assert getattr(ours, name) is not getattr(theirs, name, None)
+    with pytest.raises(AttributeError):
+        ours.no_such_name  # noqa: B018
+    assert set(dir(theirs)) <= set(dir(ours))
+
+
+def test_ours_are_subclasses():
+    for name in OURS["nn"] - {"functional", "LinearGELU"}:
+        assert issubclass(getattr(nn, name), getattr(torch.nn, name))
+    assert issubclass(nn.LinearGELU, torch.nn.Linear) and issubclass(optim.AdamW, torch.optim.AdamW)
+
+
+def test_submodules_are_import_targets():
+    for package in (torch.nn, torch.optim):
+        for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
+            ours = importlib.import_module(found.name.replace("torch", "nnfast", 1))
+            if found.name not in ("torch.nn.functional", "torch.optim.adamw"):
+                assert ours is sys.modules[found.name]
+                assert sys.modules[found.name].__spec__.name == found.name, "torch's module was written to"
+    from nnfast.nn.utils import clip_grad_norm_
+    from nnfast.nn.utils.parametrizations import weight_norm
+    from nnfast.optim.lr_scheduler import CosineAnnealingLR
+
+    from nnfast.optim.adamw import AdamW, adamw
+
+    assert clip_grad_norm_ is torch.nn.utils.clip_grad_norm_
+    assert weight_norm is torch.nn.utils.parametrizations.weight_norm
+    assert CosineAnnealingLR is torch.optim.lr_scheduler.CosineAnnealingLR
+    assert AdamW is optim.AdamW and adamw is importlib.import_module("torch.optim.adamw").adamw
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("nnfast.nn.no_such_module")
+
+
+def test_import_is_quiet():
+    """Importing initialises no GPU and compiles nothing, and leaves torch's classes alone."""
+    code = (
+        "import sys, torch; before = torch.nn.LayerNorm, torch.nn.functional.layer_norm, torch.optim.AdamW;"
+        "import nnfast;"
+        "assert not torch.cuda.is_initialized();"
+        "assert not {'torch._inductor', 'triton'} & {*sys.modules};"
+        "assert before == (torch.nn.LayerNorm, torch.nn.functional.layer_norm, torch.optim.AdamW)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
+
+
+def test_doctor():
+    done = subprocess.run([sys.executable, "-m", "nnfast"], capture_output=True, text=True)
+    assert done.returncode == 0 and torch.__version__ in done.stdout
+    for op in ("layer_norm", "gelu", "linear_gelu", "adamw_"):
+        assert op in done.stdout
+
+
+def test_use_backend_raises_for_what_is_not_there():
+    for name in ("cuda", "triton", "abacus"):
+        with pytest.raises(RuntimeError, match=name), nnfast.use_backend(name):
+            pass
+    assert backend.forced() is None
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_use_backend_never_falls_back_silently():
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    for call in (lambda: F.gelu(x), lambda: F.linear_gelu(x, x), lambda: F.layer_norm(x, (4,))):
+        with pytest.raises(RuntimeError, match="'cpu' was asked for"):
+            call()
+    p = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="'cpu' was asked for"):
+        optim.AdamW([p]).step()
+    assert (p == 1).all()
+
+
+def test_use_backend_torch_is_torch():
+    """To the bit; it nests, is left by an exception, and holds this thread alone."""
+    x, w = torch.randn(50, 300), torch.randn(300)
+    with nnfast.use_backend("torch"):
+        assert torch.equal(F.layer_norm(x, (300,), w), TF.layer_norm(x, (300,), w))
+        assert torch.equal(F.gelu(x, approximate="tanh"), TF.gelu(x, approximate="tanh"))
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(backend.forced()))
+        thread.start()
+        thread.join()
+        assert elsewhere == [None] and backend.forced() == "torch"
+    with pytest.raises(KeyError), nnfast.use_backend("torch"):
+        raise KeyError
+    assert backend.forced() is None
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability):
+    """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
+    env = {**__import__("os").environ, "ATEN_CPU_CAPABILITY": capability}
+    files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ("layer_norm", "linear_gelu", "adamw")]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    code = "from nnfast import backend; print(backend.native.cpu_kernels())"
+    name = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip()
+    assert name == {"avx2": "avx2", "default": "None"}[capability]
