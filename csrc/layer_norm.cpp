@@ -5,25 +5,24 @@
 #include <ATen/native/layer_norm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/native_layer_norm_backward.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "op.h"
 
 namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
-  // output, and the mean and reciprocal standard deviation of each row, in float (double for float64 input).
+  // stats: (2, rows), the mean and the reciprocal standard deviation of each row, in float (double for float64 input).
   m.def(
       "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps)"
-      " -> (Tensor output, Tensor mean, Tensor rstd)");
+      " -> (Tensor output, Tensor stats)");
   m.def(
-      "layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor mean, Tensor rstd,"
-      " Tensor? weight, Tensor? bias, bool[3] output_mask)"
-      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+      "layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor stats, Tensor? weight,"
+      " Tensor? bias, bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(
+std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     double eps) {
   static const auto op = find_op<decltype(layer_norm)>("layer_norm");
@@ -31,10 +30,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm(
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
-    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& mean,
-    const Tensor& rstd, const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
+    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
+    const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
   static const auto op = find_op<decltype(layer_norm_backward)>("layer_norm_backward");
-  return op.call(grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask);
+  return op.call(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
 }
 
 bool covers_layer_norm(
@@ -60,19 +59,18 @@ namespace {
 
 // ---- shapes, for fake tensors and meta tensors ----
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_meta(
-    const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias, double) {
-  c10::SymDimVector stats(input.sym_sizes());
-  for (size_t i = stats.size() - normalized_shape.size(); i < stats.size(); ++i) stats[i] = 1;
-  const auto options = input.options().dtype(at::toOpMathType(input.scalar_type()));
+std::tuple<Tensor, Tensor> layer_norm_meta(
+    const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor&, const OptTensor&, double) {
+  const auto outer = input.sym_sizes().slice(0, input.dim() - normalized_shape.size());
   return {
-      at::empty_symint(input.sym_sizes(), input.options()), at::empty_symint(stats, options),
-      at::empty_symint(stats, options)};
+      at::empty_symint(input.sym_sizes(), input.options()),
+      at::empty_symint(
+          {2, c10::multiply_integers(outer)}, input.options().dtype(at::toOpMathType(input.scalar_type())))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_meta(
-    const Tensor&, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor&, const Tensor&,
-    const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
+    const Tensor&, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor&, const OptTensor& weight,
+    const OptTensor& bias, std::array<bool, 3> output_mask) {
   const auto affine = [&](const OptTensor& t, bool wanted) {
     return wanted && defined(t) ? at::empty_symint(normalized_shape, t->options()) : Tensor();
   };
@@ -83,64 +81,65 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_meta(
 
 // ---- autograd ----
 
-struct LayerNorm : torch::autograd::Function<LayerNorm> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& input, c10::SymIntArrayRef normalized_shape,
-      const OptTensor& weight, const OptTensor& bias, double eps) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, mean, rstd] = layer_norm(input, normalized_shape, weight, bias, eps);
-    ctx->save_for_backward({input, weight.value_or(Tensor()), bias.value_or(Tensor()), mean, rstd});
-    ctx->saved_data["ndim"] = (int64_t)normalized_shape.size();
-    ctx->mark_non_differentiable({mean, rstd});
-    ctx->set_materialize_grads(false);
-    return {output, mean, rstd};
-  }
-
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor(), Tensor(), Tensor()};
-    const auto saved = ctx->get_saved_variables();
-    const auto &input = saved[0], &weight = saved[1], &bias = saved[2];
-    const auto ndim = ctx->saved_data["ndim"].toInt();
-    // Edges are counted over the tensors that were given.
-    const size_t edge_bias = 1 + weight.defined();
-    const std::array<bool, 3> mask = {
-        ctx->needs_input_grad(0), weight.defined() && ctx->needs_input_grad(1),
-        bias.defined() && ctx->needs_input_grad(edge_bias)};
-    auto [grad_input, grad_weight, grad_bias] = layer_norm_backward(
-        grads[0], input, input.sym_sizes().slice(input.dim() - ndim), saved[3], saved[4], weight, bias, mask);
-    return {grad_input, Tensor(), grad_weight, grad_bias, Tensor()};
-  }
-};
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(
-    const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
-    double eps) {
-  if (!any_needs_grad(input, weight, bias)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_norm(input, normalized_shape, weight, bias, eps);
-  }
-  auto out = LayerNorm::apply(input, normalized_shape, weight, bias, eps);
-  return {out[0], out[1], out[2]};
+// normalized_shape is that of weight or bias and, without either, told by how many rows the statistics have.
+c10::SymIntArrayRef normalized_shape_of(
+    const Tensor& input, const Tensor& stats, const Tensor& weight, const Tensor& bias) {
+  if (weight.defined()) return weight.sym_sizes();
+  if (bias.defined()) return bias.sym_sizes();
+  const auto sizes = input.sym_sizes();
+  size_t outer = 0;
+  for (c10::SymInt rows = 1; outer + 1 < sizes.size() && rows != stats.sym_size(1); ++outer) rows = rows * sizes[outer];
+  return sizes.slice(outer);
 }
 
-// The gradient of the gradient is ATen's: its backward is differentiable to any order. It takes the statistics in
-// the type of the weight, or of the input.
+struct LayerNorm {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    const auto &input = saved[0], &stats = saved[1], &weight = saved[2], &bias = saved[3];
+    if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
+    auto [grad_input, grad_weight, grad_bias] = layer_norm_backward(
+        grads[0], input, normalized_shape_of(input, stats, weight, bias), stats, weight, bias,
+        {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
+    return {grad_input, grad_weight, grad_bias};
+  }
+  static constexpr bool is_traceable = false;
+};
+
+std::tuple<Tensor, Tensor> layer_norm_autograd(
+    const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
+    double eps) {
+  const auto forward = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return layer_norm(input, normalized_shape, weight, bias, eps);
+  };
+  if (!any_needs_grad(input, weight, bias)) return forward();
+  const auto node = make_node<LayerNorm>(input, weight, bias);
+  auto out = forward();
+  record(
+      node, std::get<0>(out), {input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
+  return out;
+}
+
+// The gradient of the gradient is ATen's: its backward is differentiable to any order. It takes the statistics one
+// tensor each, of the input's rank, in the type of the weight or of the input.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
-    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& mean,
-    const Tensor& rstd, const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
+    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
+    const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
   if (!any_needs_grad(grad_out, input, weight)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_norm_backward(grad_out, input, normalized_shape, mean, rstd, weight, bias, output_mask);
+    return layer_norm_backward(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
   }
-  const auto type = (defined(weight) ? *weight : defined(bias) ? *bias : input).scalar_type();
+  c10::SymDimVector shape(input.sym_sizes());
+  for (size_t i = shape.size() - normalized_shape.size(); i < shape.size(); ++i) shape[i] = 1;
+  const auto affine = (defined(weight) ? *weight : defined(bias) ? *bias : input).scalar_type();
+  const auto stat = [&](int64_t k) { return stats.select(0, k).to(affine).view_symint(shape); };
   return at::native_layer_norm_backward_symint(
-      grad_out, input, normalized_shape, mean.to(type), rstd.to(type), weight, bias, output_mask);
+      grad_out, input, normalized_shape, stat(0), stat(1), weight, bias, output_mask);
 }
 
 // ---- autocast: float32 on CUDA, as torch lists layer_norm there; not listed on a CPU ----
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_autocast_cuda(
+std::tuple<Tensor, Tensor> layer_norm_autocast_cuda(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     double eps) {
   c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);

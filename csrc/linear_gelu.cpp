@@ -4,9 +4,9 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu_backward.h>
-#include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd.h"
 #include "op.h"
 
 namespace nnfast {
@@ -98,25 +98,29 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_meta(
 
 // ---- autograd ----
 
-struct Gelu : torch::autograd::Function<Gelu> {
-  static Tensor forward(torch::autograd::AutogradContext* ctx, const Tensor& self, c10::string_view approximate) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({self});
-    ctx->saved_data["approximate"] = std::string(approximate);
-    return nnfast::gelu(self, approximate);
+// A type for each approximation: a node then need not carry its name.
+template <bool Tanh>
+struct Gelu {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto saved = ctx->get_saved_variables();
+    if (!grads[0].defined()) return {Tensor()};
+    return {nnfast::gelu_backward(grads[0], saved[0], Tanh ? "tanh" : "none")};
   }
-
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
-    const auto approximate = ctx->saved_data["approximate"].toStringRef();
-    return {nnfast::gelu_backward(grads[0], ctx->get_saved_variables()[0], approximate), Tensor()};
-  }
+  static constexpr bool is_traceable = false;
 };
 
 Tensor gelu_autograd(const Tensor& self, c10::string_view approximate) {
-  if (any_needs_grad(self)) return Gelu::apply(self, approximate);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return nnfast::gelu(self, approximate);
+  const auto forward = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return nnfast::gelu(self, approximate);
+  };
+  if (!any_needs_grad(self)) return forward();
+  const auto recorded = [&](const auto& node) {
+    auto output = forward();
+    record(node, output, {self});
+    return output;
+  };
+  return approximate == "tanh" ? recorded(make_node<Gelu<true>>(self)) : recorded(make_node<Gelu<false>>(self));
 }
 
 // The gradient of the gradient is ATen's, which is differentiable to any order.
@@ -126,53 +130,47 @@ Tensor gelu_backward_autograd(const Tensor& grad_output, const Tensor& self, c10
   return nnfast::gelu_backward(grad_output, self, approximate);
 }
 
-struct LinearGelu : torch::autograd::Function<LinearGelu> {
-  static torch::autograd::variable_list forward(
-      torch::autograd::AutogradContext* ctx, const Tensor& input, const Tensor& weight, const OptTensor& bias,
-      c10::string_view approximate) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    auto [output, pre] = linear_gelu(input, weight, bias, approximate);
-    // pre is an output that has a gradient like any other: through it the second derivative reaches the inputs.
-    ctx->save_for_backward({input, weight, pre});
-    ctx->saved_data["approximate"] = std::string(approximate);
-    ctx->saved_data["bias"] = defined(bias);
-    ctx->set_materialize_grads(false);
-    return {output, pre};
-  }
+// The gradients of input weight^T + bias for grad, added to out. In ATen, and so differentiable.
+void add_linear_backward(
+    variable_list& out, const Tensor& grad, const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {
+  const auto add = [](Tensor& to, const Tensor& t) { to = to.defined() ? to + t : t; };
+  const auto rows = grad.reshape_symint({-1, weight.sym_size(0)});
+  if (mask[0]) add(out[0], grad.matmul(weight));
+  if (mask[1]) add(out[1], rows.t().matmul(input.reshape_symint({-1, weight.sym_size(1)})));
+  if (mask[2]) add(out[2], rows.sum(0));
+}
 
-  static torch::autograd::variable_list backward(
-      torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& grads) {
+template <bool Tanh>
+struct LinearGelu {
+  // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const auto approximate = ctx->saved_data["approximate"].toStringRef();
-    const std::array<bool, 3> mask = {
-        ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-        ctx->saved_data["bias"].toBool() && ctx->needs_input_grad(2)};
-    std::tuple<Tensor, Tensor, Tensor> out;
-    if (grads[0].defined()) out = linear_gelu_backward(grads[0], saved[0], saved[1], saved[2], approximate, mask);
-    if (grads[1].defined()) add_linear_backward(out, grads[1], saved[0], saved[1], mask);
-    return {std::get<0>(out), std::get<1>(out), std::get<2>(out), Tensor()};
+    const auto &input = saved[0], &weight = saved[1], &pre = saved[2];
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    variable_list out(3);
+    if (grads[0].defined())
+      std::tie(out[0], out[1], out[2]) =
+          linear_gelu_backward(grads[0], input, weight, pre, Tanh ? "tanh" : "none", mask);
+    if (grads[1].defined()) add_linear_backward(out, grads[1], input, weight, mask);
+    return out;
   }
-
-  // The gradients of input weight^T + bias for grad, added to out. In ATen, and so differentiable.
-  static void add_linear_backward(
-      std::tuple<Tensor, Tensor, Tensor>& out, const Tensor& grad, const Tensor& input, const Tensor& weight,
-      std::array<bool, 3> mask) {
-    const auto add = [](Tensor& to, const Tensor& t) { to = to.defined() ? to + t : t; };
-    const auto rows = grad.reshape_symint({-1, weight.sym_size(0)});
-    if (mask[0]) add(std::get<0>(out), grad.matmul(weight));
-    if (mask[1]) add(std::get<1>(out), rows.t().matmul(input.reshape_symint({-1, weight.sym_size(1)})));
-    if (mask[2]) add(std::get<2>(out), rows.sum(0));
-  }
+  static constexpr bool is_traceable = false;
 };
 
 std::tuple<Tensor, Tensor> linear_gelu_autograd(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
-  if (!any_needs_grad(input, weight, bias)) {
+  const auto forward = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return linear_gelu(input, weight, bias, approximate);
-  }
-  auto out = LinearGelu::apply(input, weight, bias, approximate);
-  return {out[0], out[1]};
+  };
+  if (!any_needs_grad(input, weight, bias)) return forward();
+  const auto recorded = [&](const auto& node) {
+    auto out = forward();
+    record(node, {std::get<0>(out), std::get<1>(out)}, {input, weight, std::get<1>(out)});
+    return out;
+  };
+  return approximate == "tanh" ? recorded(make_node<LinearGelu<true>>(input, weight, bias))
+                               : recorded(make_node<LinearGelu<false>>(input, weight, bias));
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_autograd(
@@ -182,9 +180,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_autograd(
     at::AutoDispatchBelowADInplaceOrView guard;
     return linear_gelu_backward(grad_out, input, weight, pre, approximate, output_mask);
   }
-  std::tuple<Tensor, Tensor, Tensor> out;
-  LinearGelu::add_linear_backward(out, at::gelu_backward(grad_out, pre, approximate), input, weight, output_mask);
-  return out;
+  variable_list out(3);
+  add_linear_backward(out, at::gelu_backward(grad_out, pre, approximate), input, weight, output_mask);
+  return {out[0], out[1], out[2]};
 }
 
 // ---- autocast: the lower precision, as torch lists linear; gelu is not listed ----

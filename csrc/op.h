@@ -56,12 +56,12 @@ bool covers_adamw(
 
 // ---- the ops; their schemas and what they do are in layer_norm.cpp, linear_gelu.cpp and adamw.cpp ----
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(
+std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     double eps);
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
-    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& mean,
-    const Tensor& rstd, const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask);
+    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
+    const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask);
 Tensor gelu(const Tensor& self, c10::string_view approximate);
 Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
 std::tuple<Tensor, Tensor> linear_gelu(

@@ -261,9 +261,9 @@ def test_opcheck():
             torch.library.opcheck(torch.ops.nnfast.layer_norm.default, args)
     x = torch.randn(4, 6, 5).transpose(0, 1)
     w = torch.randn(5)
-    _, mean, rstd = torch.ops.nnfast.layer_norm(x, (5,), w, None, 1e-5)
+    _, stats = torch.ops.nnfast.layer_norm(x, (5,), w, None, 1e-5)
     for mask in ((True, True, False), (False, True, False), (True, False, False)):
-        args = (torch.randn(6, 4, 5), x, (5,), mean, rstd, w, None, mask)
+        args = (torch.randn(6, 4, 5), x, (5,), stats, w, None, mask)
         torch.library.opcheck(torch.ops.nnfast.layer_norm_backward.default, args)
 
 

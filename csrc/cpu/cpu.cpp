@@ -3,10 +3,11 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstring>
+
+#include "memory.h"
 
 namespace nnfast {
 
@@ -58,7 +59,7 @@ Rows rows_of(const at::Tensor& t, int64_t size, int64_t ndim) {
 RowSums::RowSums(bool wanted, int64_t threads, int64_t size, const at::Tensor& like)
     : threads_(threads), size_(size), dtype_(cpu_dtype(like)) {
   if (!wanted) return;
-  parts_ = at::empty({threads, kLevels, size}, like.options().dtype(at::toOpMathType(like.scalar_type())));
+  parts_ = empty({threads, kLevels, size}, at::toOpMathType(like.scalar_type()));
   std::memset(parts_.mutable_data_ptr(), 0, parts_.nbytes());
   blocks_.resize(threads);
 }
@@ -75,9 +76,9 @@ void RowSums::end_block(int64_t thread) {
   if (++blocks_[thread] % kBlock == 0) cpu_kernels()->move_sums(dtype_, level(thread, 2), level(thread, 1), size_);
 }
 
-at::Tensor RowSums::total(at::IntArrayRef sizes, const at::TensorOptions& options) const {
+at::Tensor RowSums::total(at::IntArrayRef sizes, at::ScalarType dtype) const {
   if (!parts_.defined()) return {};
-  at::Tensor out = at::empty(sizes, options);
+  at::Tensor out = empty(sizes, dtype);
   // Sums of float go to float or 16 bits, sums of double to double: the type of `out` says which.
   cpu_kernels()->sum_parts(cpu_dtype(out), parts_.const_data_ptr(), threads_ * kLevels, size_, out.mutable_data_ptr());
   return out;

@@ -37,8 +37,8 @@ class RowSums {
   // Where `thread` adds the rows of a block, or null where no sum is wanted; and the end of a block.
   void* of(int64_t thread) const;
   void end_block(int64_t thread);
-  // All of it, as a tensor of `options`; undefined where no sum is wanted.
-  at::Tensor total(at::IntArrayRef sizes, const at::TensorOptions& options) const;
+  // All of it, as a tensor of `dtype`; undefined where no sum is wanted.
+  at::Tensor total(at::IntArrayRef sizes, at::ScalarType dtype) const;
 
  private:
   void* level(int64_t thread, int64_t k) const;

@@ -2,11 +2,11 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/native/layer_norm.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include "../op.h"
 #include "cpu.h"
+#include "memory.h"
 
 namespace nnfast {
 namespace {
@@ -26,22 +26,18 @@ DType affine_dtype(const Tensor& input, const OptTensor& weight, const OptTensor
   return cpu_dtype(defined(weight) ? *weight : defined(bias) ? *bias : input);
 }
 
+OptTensor contiguous(const OptTensor& t) { return defined(t) ? OptTensor(t->contiguous()) : std::nullopt; }
+
 const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() : nullptr; }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(
+std::tuple<Tensor, Tensor> layer_norm_cpu(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_,
     double eps) {
   const auto [rows, size] = check(input, normalized_shape, weight_, bias_);
-  const auto weight = defined(weight_) ? OptTensor(weight_->contiguous()) : std::nullopt;
-  const auto bias = defined(bias_) ? OptTensor(bias_->contiguous()) : std::nullopt;
+  const OptTensor weight = contiguous(weight_), bias = contiguous(bias_);
   const Rows x = rows_of(input, size, normalized_shape.size());
-
-  at::DimVector stats(input.sizes());
-  for (size_t i = stats.size() - normalized_shape.size(); i < stats.size(); ++i) stats[i] = 1;
-  const auto options = input.options().dtype(at::toOpMathType(input.scalar_type()));
-  Tensor output = at::empty(input.sizes(), input.options());
-  Tensor mean = at::empty(stats, options), rstd = at::empty(stats, options);
-
+  Tensor output = empty(input.sizes(), input.scalar_type());
+  Tensor stats = empty({2, rows}, at::toOpMathType(input.scalar_type()));
   const LayerNormForward f{
       cpu_dtype(input),
       affine_dtype(input, weight, bias),
@@ -52,21 +48,20 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(
       data(weight),
       data(bias),
       output.mutable_data_ptr(),
-      mean.mutable_data_ptr(),
-      rstd.mutable_data_ptr()};
+      stats.mutable_data_ptr(),
+      (char*)stats.mutable_data_ptr() + rows * stats.element_size()};
   at::parallel_for(
       0, rows, row_grain(size), [&](int64_t begin, int64_t end) { cpu_kernels()->layer_norm(f, begin, end); });
-  return {output, mean, rstd};
+  return {output, stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
-    const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& mean,
-    const Tensor& rstd, const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
+    const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats,
+    const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
   const auto [rows, size] = check(input, normalized_shape, weight_, bias);
-  const auto weight = defined(weight_) ? OptTensor(weight_->contiguous()) : std::nullopt;
+  const OptTensor weight = contiguous(weight_);
   const Rows g = rows_of(grad_out, size, normalized_shape.size()), x = rows_of(input, size, normalized_shape.size());
-
-  Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options()) : Tensor();
+  Tensor grad_input = output_mask[0] ? empty(input.sizes(), input.scalar_type()) : Tensor();
   const LayerNormBackward b{
       cpu_dtype(input),
       affine_dtype(input, weight, bias),
@@ -76,10 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
       g.tensor.const_data_ptr(),
       x.tensor.const_data_ptr(),
       data(weight),
-      mean.const_data_ptr(),
-      rstd.const_data_ptr(),
+      stats.const_data_ptr(),
+      (const char*)stats.const_data_ptr() + rows * stats.element_size(),
       output_mask[0] ? grad_input.mutable_data_ptr() : nullptr};
-
   const int64_t threads = row_threads(rows, size);
   RowSums grad_weight(output_mask[1] && weight, threads, size, input);
   RowSums grad_bias(output_mask[2] && defined(bias), threads, size, input);
@@ -88,9 +82,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
     grad_weight.end_block(thread);
     grad_bias.end_block(thread);
   });
-  return {
-      grad_input, grad_weight.total(normalized_shape, weight ? weight->options() : input.options()),
-      grad_bias.total(normalized_shape, defined(bias) ? bias->options() : input.options())};
+  const auto affine = (weight ? *weight : defined(bias) ? *bias : input).scalar_type();
+  return {grad_input, grad_weight.total(normalized_shape, affine), grad_bias.total(normalized_shape, affine)};
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // Linear+GELU on a CPU: which library's GEMM, memory and threads. The elementwise arithmetic is in linear_gelu.h.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm.h>
@@ -9,6 +8,7 @@
 
 #include "../op.h"
 #include "cpu.h"
+#include "memory.h"
 
 namespace nnfast {
 namespace {
@@ -55,7 +55,7 @@ Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
 std::tuple<Tensor, RowSums> gelu_grad(
     const Tensor& grad_out, const Tensor& pre, int64_t size, c10::string_view approximate, bool want_bias) {
   const Tensor grad = grad_out.contiguous(), x = pre.contiguous();
-  Tensor grad_pre = at::empty(pre.sizes(), pre.options());
+  Tensor grad_pre = empty(pre.sizes(), pre.scalar_type());
   const int64_t rows = size ? pre.numel() / size : 0, threads = row_threads(rows, size);
   RowSums grad_bias(want_bias, threads, size, pre);
   const GeluBackward b{cpu_dtype(pre),        approximate == "tanh", size,
@@ -95,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_cpu(
   const Tensor d = grad_pre.view({-1, out});
   return {
       output_mask[0] ? gemm(d, weight.t()).view(input.sizes()) : Tensor(),
-      output_mask[1] ? gemm(d.t(), input.reshape({-1, in}).t()) : Tensor(), grad_bias.total({out}, pre.options())};
+      output_mask[1] ? gemm(d.t(), input.reshape({-1, in}).t()) : Tensor(), grad_bias.total({out}, pre.scalar_type())};
 }
 
 }  // namespace

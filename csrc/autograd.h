@@ -1,0 +1,47 @@
+// Recording an op for the backward pass, for the ops' own autograd kernels.
+//
+// torch::autograd::Function::apply keeps the shapes of all inputs, wraps the outputs for views and in-place changes,
+// and carries a map of attributes: a microsecond a call, as much as a small LayerNorm takes. None of our ops needs
+// that, so the node it would make (CppNode, which compiled autograd knows) is made and filled here.
+#pragma once
+
+#include <ATen/FuncTorchTLS.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include <type_traits>
+
+namespace nnfast {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// T has backward(ctx, grads), which gives one gradient for each of `inputs`, undefined where none is wanted:
+// ctx->needs_input_grad(i) is false for an input that is not there or needs none. grads of unused outputs are undefined.
+template <class T, class... Inputs>
+auto make_node(const Inputs&... inputs) {
+  using Node = torch::autograd::CppNode<T>;
+  if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
+  auto node = [] {
+    // torch 2.11 counts the references to a node outside of it.
+    if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>)
+      return c10::make_intrusive<Node>();
+    else
+      return std::shared_ptr<Node>(new Node(), [](auto* n) { deleteNode(n); });
+  }();
+  node->set_ctx_grad_fn(node);
+  node->set_next_edges(torch::autograd::collect_next_edges(inputs...));
+  node->is_variable_input_.assign(sizeof...(inputs), true);
+  node->ctx_.set_materialize_grads(false);
+  return node;
+}
+
+// The outputs that have a gradient, in order, and what the backward wants to see again.
+template <class Node>
+void record(const Node& node, at::ArrayRef<at::Tensor> outputs, variable_list saved) {
+  for (const auto& output : outputs) torch::autograd::set_history(output, node);
+  node->ctx_.save_for_backward(std::move(saved));
+  node->save_variables_to_ctx();
+}
+
+}  // namespace nnfast
