@@ -17,7 +17,8 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 // T has backward(ctx, grads), which gives one gradient for each of `inputs`, undefined where none is wanted:
-// ctx->needs_input_grad(i) is false for an input that is not there or needs none. grads of unused outputs are undefined.
+// ctx->needs_input_grad(i) is false for an input that is not there or needs none. grads of unused outputs are
+// undefined.
 template <class T, class... Inputs>
 auto make_node(const Inputs&... inputs) {
   using Node = torch::autograd::CppNode<T>;

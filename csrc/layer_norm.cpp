@@ -115,8 +115,7 @@ std::tuple<Tensor, Tensor> layer_norm_autograd(
   if (!any_needs_grad(input, weight, bias)) return forward();
   const auto node = make_node<LayerNorm>(input, weight, bias);
   auto out = forward();
-  record(
-      node, std::get<0>(out), {input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
+  record(node, std::get<0>(out), {input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
   return out;
 }
 

@@ -52,6 +52,11 @@ class RowSums {
 // Calls f(thread, begin, end) for block after block of the rows, each thread's rows one run of blocks.
 void for_each_block(int64_t rows, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& f);
 
+// Whether `output` is better written past the caches. What a call touches (`bytes`, the output among them) would not
+// stay there until the next op in any case, and without the detour a line is not read before it is overwritten. Every
+// row must start on a line.
+bool may_stream(const at::Tensor& output, size_t bytes);
+
 // How many threads share `rows` rows of `size` elements: each gets at least some 16k elements, below which one
 // more thread costs more than it brings.
 int64_t row_grain(int64_t size);

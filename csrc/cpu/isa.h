@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #define NNFAST_PRAGMA_(x) _Pragma(#x)
 #define NNFAST_PRAGMA(x) NNFAST_PRAGMA_(x)

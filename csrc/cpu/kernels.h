@@ -24,6 +24,7 @@ struct LayerNormForward {
   double eps;
   const void *input, *weight, *bias;  // weight and bias may be null
   void *output, *mean, *rstd;
+  bool stream;  // write the output past the caches
 };
 struct LayerNormBackward {
   DType dtype, weight_dtype;
@@ -31,6 +32,7 @@ struct LayerNormBackward {
   int64_t grad_out_stride, input_stride;
   const void *grad_out, *input, *weight, *mean, *rstd;
   void* grad_input;  // may be null
+  bool stream;
 };
 
 // Elementwise over n contiguous elements.

@@ -49,7 +49,8 @@ std::tuple<Tensor, Tensor> layer_norm_cpu(
       data(bias),
       output.mutable_data_ptr(),
       stats.mutable_data_ptr(),
-      (char*)stats.mutable_data_ptr() + rows * stats.element_size()};
+      (char*)stats.mutable_data_ptr() + rows * stats.element_size(),
+      may_stream(output, output.nbytes() + input.nbytes())};
   at::parallel_for(
       0, rows, row_grain(size), [&](int64_t begin, int64_t end) { cpu_kernels()->layer_norm(f, begin, end); });
   return {output, stats};
@@ -73,7 +74,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
       data(weight),
       stats.const_data_ptr(),
       (const char*)stats.const_data_ptr() + rows * stats.element_size(),
-      output_mask[0] ? grad_input.mutable_data_ptr() : nullptr};
+      output_mask[0] ? grad_input.mutable_data_ptr() : nullptr,
+      output_mask[0] && may_stream(grad_input, 3 * input.nbytes())};
   const int64_t threads = row_threads(rows, size);
   RowSums grad_weight(output_mask[1] && weight, threads, size, input);
   RowSums grad_bias(output_mask[2] && defined(bias), threads, size, input);

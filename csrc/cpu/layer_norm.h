@@ -9,77 +9,192 @@
 
 namespace nnfast::NNFAST_ISA {
 
-template <class A>
-struct Moments {
-  A mean, rstd;
+// R = 2 rows are taken together, side by side in a Pair, or R = 1. From the sum to the mean to the variance to the
+// output, a short row is one chain of dependent steps; with two of them the CPU has something to do while each waits,
+// and weight and bias are loaded, and their gradients stored, once for both.
+
+// The value of each row.
+template <class A, int R>
+struct PerRow {
+  A v[R];
+  template <class V>  // for R = 2 the Pair of the rows
+  NNFAST_MEMBER V as() const {
+    if constexpr (R == 1)
+      return v[0];
+    else
+      return V(v[0], v[1]);
+  }
 };
 
-template <class A, class T>
-NNFAST_INLINE Moments<A> moments(const T* x, int64_t size, A eps) {
-  Sum<A> s;
-  sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA { s += load(x + i, part); });
-  const A mean = s.total() / A(size);
+// Columns are taken two registers at a time for two rows, four for one.
+template <class A, int R>
+using Columns = std::conditional_t<R == 1, Quad<A>, Pair<Vec<A>>>;
+// What part P is for R rows.
+template <class P, int R>
+using Block = std::conditional_t<R == 1, typename P::vec, Pair<typename P::vec>>;
 
-  Sum<A> s1, s2;
-  sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
-    const auto d = keep(load(x + i, part) - mean, part);
+template <int R, class T, class P>
+NNFAST_INLINE Block<P, R> load_rows(const T* p, int64_t stride, P part) {
+  if constexpr (R == 1)
+    return load(p, part);
+  else
+    return {load(p, part), load(p + stride, part)};
+}
+template <int R, class T, class V, class P>
+NNFAST_INLINE void store_rows(T* p, int64_t stride, V v, P part, bool past) {
+  if constexpr (R == 1) {
+    store(p, v, part, past);
+  } else {
+    store(p, v.lo, part, past);
+    store(p + stride, v.hi, part, past);
+  }
+}
+template <int R, class T, class P>
+NNFAST_INLINE void prefetch_rows(const T* p, int64_t stride, P part) {
+  for (int r = 0; r < R; ++r) prefetch(p + (R + r) * stride, part);
+}
+// One row's value for all R, and the sum over the R rows.
+template <int R, class V>
+NNFAST_INLINE auto for_rows(V v) {
+  if constexpr (R == 1)
+    return v;
+  else
+    return Pair<V>(v, v);
+}
+template <int R, class V>
+NNFAST_INLINE auto over_rows(V v) {
+  if constexpr (R == 1)
+    return v;
+  else
+    return v.lo + v.hi;
+}
+template <class P, int R, class V>
+NNFAST_INLINE V keep_rows(V v, P part) {
+  if constexpr (R == 1)
+    return keep(v, part);
+  else
+    return {keep(v.lo, part), keep(v.hi, part)};
+}
+
+// A sum over each row.
+template <class A, int R>
+struct RowSum {
+  Sum<A, Columns<A, R>> s[R];
+  NNFAST_MEMBER RowSum() {}  // written out, so that it is built for this instruction set
+  template <class V>
+  NNFAST_MEMBER void operator+=(V v) {
+    if constexpr (R == 1) {
+      s[0] += v;
+    } else {
+      s[0] += v.lo;
+      s[1] += v.hi;
+    }
+  }
+  NNFAST_MEMBER PerRow<A, R> total(A scale) const {
+    PerRow<A, R> t;
+    for (int r = 0; r < R; ++r) t.v[r] = s[r].total() * scale;
+    return t;
+  }
+};
+
+template <int R, class T, class W>
+NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
+  using A = acc_t<T>;
+  const W *weight = (const W*)f.weight, *bias = (const W*)f.bias;
+  const T* x = (const T*)f.input + row * f.input_stride;
+  T* y = (T*)f.output + row * f.size;
+  const A inverse = A(1) / A(f.size);
+
+  RowSum<A, R> s;
+  sweep<A, Columns<A, R>>(
+      f.size, [&](int64_t i, auto part) NNFAST_LAMBDA { s += load_rows<R>(x + i, f.input_stride, part); });
+  PerRow<A, R> mean = s.total(inverse), rstd;
+
+  RowSum<A, R> s1, s2;
+  sweep<A, Columns<A, R>>(f.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+    using P = decltype(part);
+    using V = Block<P, R>;
+    const V d = keep_rows<P, R>(load_rows<R>(x + i, f.input_stride, part) - mean.template as<V>(), part);
     s1 += d;
     s2 += d * d;
   });
-  const A residual = s1.total();
-  return {mean + residual / A(size), reciprocal_std(corrected_variance(s2.total(), residual, A(size)), eps)};
+  const PerRow<A, R> residual = s1.total(inverse), square = s2.total(inverse);
+  for (int r = 0; r < R; ++r) {
+    rstd.v[r] = reciprocal_std(corrected_variance(square.v[r], residual.v[r]), A(f.eps));
+    mean.v[r] = mean.v[r] + residual.v[r];
+    ((A*)f.mean)[row + r] = mean.v[r];
+    ((A*)f.rstd)[row + r] = rstd.v[r];
+  }
+
+  sweep<A, Columns<A, R>>(f.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+    using V = Block<decltype(part), R>;
+    V v = normalized<V>(load_rows<R>(x + i, f.input_stride, part), mean.template as<V>(), rstd.template as<V>());
+    if (weight) v = v * for_rows<R>(load(weight + i, part));
+    if (bias) v = v + for_rows<R>(load(bias + i, part));
+    prefetch_rows<R>(x + i, f.input_stride, part);
+    store_rows<R>(y + i, f.size, v, part, f.stream);
+  });
+}
+
+template <int R, class T, class W>
+NNFAST_INLINE void layer_norm_backward_rows(
+    const LayerNormBackward& b, void* grad_weight, void* grad_bias, int64_t row) {
+  using A = acc_t<T>;
+  const W* weight = (const W*)b.weight;
+  A *dw = (A*)grad_weight, *db = (A*)grad_bias;
+  const T* g = (const T*)b.grad_out + row * b.grad_out_stride;
+  const T* x = (const T*)b.input + row * b.input_stride;
+  T* dx = (T*)b.grad_input + row * b.size;
+  PerRow<A, R> mean, rstd;
+  for (int r = 0; r < R; ++r) {
+    mean.v[r] = ((const A*)b.mean)[row + r];
+    rstd.v[r] = ((const A*)b.rstd)[row + r];
+  }
+
+  // Lanes past the end load zero gradients, so that they add nothing to any sum.
+  RowSum<A, R> s1, s2;
+  sweep<A, Columns<A, R>>(b.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+    using V = Block<decltype(part), R>;
+    const V grad = load_rows<R>(g + i, b.grad_out_stride, part);
+    const V xhat =
+        normalized<V>(load_rows<R>(x + i, b.input_stride, part), mean.template as<V>(), rstd.template as<V>());
+    if (dw) store(dw + i, load(dw + i, part) + over_rows<R>(grad * xhat), part);
+    if (db) store(db + i, load(db + i, part) + over_rows<R>(grad), part);
+    const V grad_xhat = weight ? grad * for_rows<R>(load(weight + i, part)) : grad;
+    s1 += grad_xhat;
+    s2 += grad_xhat * xhat;
+  });
+  if (!b.grad_input) return;
+
+  const A inverse = A(1) / A(b.size);
+  const PerRow<A, R> m1 = s1.total(inverse), m2 = s2.total(inverse);
+  sweep<A, Columns<A, R>>(b.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+    using V = Block<decltype(part), R>;
+    const V grad = load_rows<R>(g + i, b.grad_out_stride, part);
+    const V xhat =
+        normalized<V>(load_rows<R>(x + i, b.input_stride, part), mean.template as<V>(), rstd.template as<V>());
+    const V grad_xhat = weight ? grad * for_rows<R>(load(weight + i, part)) : grad;
+    prefetch_rows<R>(g + i, b.grad_out_stride, part);
+    prefetch_rows<R>(x + i, b.input_stride, part);
+    store_rows<R>(
+        dx + i, b.size,
+        layer_norm_grad_input<V>(grad_xhat, xhat, m1.template as<V>(), m2.template as<V>(), rstd.template as<V>()),
+        part, b.stream);
+  });
 }
 
 template <class T, class W>
 void layer_norm_fwd_kernel(const LayerNormForward& f, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const W *weight = (const W*)f.weight, *bias = (const W*)f.bias;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* x = (const T*)f.input + row * f.input_stride;
-    T* y = (T*)f.output + row * f.size;
-    const Moments<A> m = moments<A>(x, f.size, A(f.eps));
-    ((A*)f.mean)[row] = m.mean;
-    ((A*)f.rstd)[row] = m.rstd;
-    sweep<A>(f.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
-      using V = typename decltype(part)::vec;
-      V v = normalized<V>(load(x + i, part), m.mean, m.rstd);
-      if (weight) v = v * load(weight + i, part);
-      if (bias) v = v + load(bias + i, part);
-      store(y + i, v, part);
-    });
-  }
+  for (; begin + 2 <= end; begin += 2) layer_norm_rows<2, T, W>(f, begin);
+  if (begin < end) layer_norm_rows<1, T, W>(f, begin);
+  if (f.stream) _mm_sfence();
 }
 
 template <class T, class W>
 void layer_norm_bwd_kernel(const LayerNormBackward& b, void* grad_weight, void* grad_bias, int64_t begin, int64_t end) {
-  using A = acc_t<T>;
-  const W* weight = (const W*)b.weight;
-  A *dw = (A*)grad_weight, *db = (A*)grad_bias;
-  for (int64_t row = begin; row < end; ++row) {
-    const T* g = (const T*)b.grad_out + row * b.grad_out_stride;
-    const T* x = (const T*)b.input + row * b.input_stride;
-    const A mean = ((const A*)b.mean)[row], rstd = ((const A*)b.rstd)[row];
-    // Lanes past the end load zero gradients, so that they add nothing to any sum.
-    Sum<A> s1, s2;
-    sweep<A>(b.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
-      using V = typename decltype(part)::vec;
-      const V grad = load(g + i, part), xhat = normalized<V>(load(x + i, part), mean, rstd);
-      if (dw) store(dw + i, grad * xhat + load(dw + i, part), part);
-      if (db) store(db + i, grad + load(db + i, part), part);
-      const V grad_xhat = weight ? grad * load(weight + i, part) : grad;
-      s1 += grad_xhat;
-      s2 += grad_xhat * xhat;
-    });
-    if (!b.grad_input) continue;
-    T* dx = (T*)b.grad_input + row * b.size;
-    const A m1 = s1.total() / A(b.size), m2 = s2.total() / A(b.size);
-    sweep<A>(b.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
-      using V = typename decltype(part)::vec;
-      const V grad = load(g + i, part), xhat = normalized<V>(load(x + i, part), mean, rstd);
-      const V grad_xhat = weight ? grad * load(weight + i, part) : grad;
-      store(dx + i, layer_norm_grad_input<V>(grad_xhat, xhat, m1, m2, rstd), part);
-    });
-  }
+  for (; begin + 2 <= end; begin += 2) layer_norm_backward_rows<2, T, W>(b, grad_weight, grad_bias, begin);
+  if (begin < end) layer_norm_backward_rows<1, T, W>(b, grad_weight, grad_bias, begin);
+  if (b.stream) _mm_sfence();
 }
 
 // weight has x's type, or is float where x has 16 bits.

@@ -117,8 +117,9 @@ class Allocator final : public c10::Allocator {
     char* start = (char*)mmap(
         nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     TORCH_CHECK(
-        start != MAP_FAILED, "[enforce fail] nnfast: DefaultCPUAllocator: can't allocate memory: you tried to allocate ",
-        size, " bytes. Error code ", errno, " (", std::strerror(errno), ")");
+        start != MAP_FAILED,
+        "[enforce fail] nnfast: DefaultCPUAllocator: can't allocate memory: you tried to allocate ", size,
+        " bytes. Error code ", errno, " (", std::strerror(errno), ")");
     char* aligned = (char*)(((uintptr_t)start + kHugePage - 1) / kHugePage * kHugePage);
     if (aligned != start) munmap(start, aligned - start);
     munmap(aligned + size, start + kHugePage - aligned);

@@ -89,13 +89,23 @@ struct Tail {
   int64_t n;
 };
 
-// body(i, part) over [0, n): four registers at a time, then one, then the tail.
-template <class A, class Body>
+// body(i, part) over [0, n): several registers at a time, then one, then the tail.
+template <class A, class Wide = Quad<A>, class Body>
 NNFAST_INLINE void sweep(int64_t n, Body body) {
   int64_t i = 0;
-  for (; i + lanes<Quad<A>> <= n; i += lanes<Quad<A>>) body(i, Full<Quad<A>>{});
+  for (; i + lanes<Wide> <= n; i += lanes<Wide>) body(i, Full<Wide>{});
   for (; i + lanes<Vec<A>> <= n; i += lanes<Vec<A>>) body(i, Full<Vec<A>>{});
   if (i < n) body(i, Tail<Vec<A>>{n - i});
+}
+
+// Asks for the memory of a part before it is needed. Never faults.
+template <class T, class V>
+NNFAST_INLINE void prefetch(const T* p, Full<V>) {
+  for (size_t line = 0; line < lanes<V> * sizeof(T); line += 64) _mm_prefetch((const char*)p + line, _MM_HINT_T0);
+}
+template <class T, class V>
+NNFAST_INLINE void prefetch(const T* p, Tail<V>) {
+  _mm_prefetch((const char*)p, _MM_HINT_T0);
 }
 
 // ---- what differs between the instruction sets ----
@@ -142,6 +152,13 @@ NNFAST_INLINE void store(double* p, f64v v, Tail<f64v> t) { _mm512_mask_storeu_p
 template <class T>
 NNFAST_INLINE void store(T* p, f32v v, Tail<f32v> t) {
   _mm256_mask_storeu_epi16(p, (1u << t.n) - 1, narrow(T{}, v));
+}
+// Past the caches, to an address that is aligned to the store.
+NNFAST_INLINE void stream(float* p, f32v v) { _mm512_stream_ps(p, v); }
+NNFAST_INLINE void stream(double* p, f64v v) { _mm512_stream_pd(p, v); }
+template <class T>
+NNFAST_INLINE void stream(T* p, f32v v) {
+  _mm256_stream_si256((__m256i*)p, narrow(T{}, v));
 }
 // The lanes that do not take part become zero.
 NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t) { return _mm512_maskz_mov_ps((1u << t.n) - 1, v); }
@@ -196,6 +213,12 @@ NNFAST_INLINE void store(double* p, f64v v, Full<f64v>) { _mm256_storeu_pd(p, v)
 template <class T>
 NNFAST_INLINE void store(T* p, f32v v, Full<f32v>) {
   _mm_storeu_si128((__m128i*)p, narrow(T{}, v));
+}
+NNFAST_INLINE void stream(float* p, f32v v) { _mm256_stream_ps(p, v); }
+NNFAST_INLINE void stream(double* p, f64v v) { _mm256_stream_pd(p, v); }
+template <class T>
+NNFAST_INLINE void stream(T* p, f32v v) {
+  _mm_stream_si128((__m128i*)p, narrow(T{}, v));
 }
 // AVX2 has no masked access to 16 bits: a tail goes through a register's worth of stack.
 template <class T, class V>
@@ -261,6 +284,23 @@ NNFAST_INLINE void store(T* p, Pair<V> v, Full<Pair<V>>) {
   store(p, v.lo, Full<V>{});
   store(p + lanes<V>, v.hi, Full<V>{});
 }
+template <class T, class V>
+NNFAST_INLINE void stream(T* p, Pair<V> v) {
+  stream(p, v.lo);
+  stream(p + lanes<V>, v.hi);
+}
+// As store, and past the caches where `past` says so; p + any multiple of a part is then aligned (see may_stream).
+template <class T, class V>
+NNFAST_INLINE void store(T* p, V v, Full<V> part, bool past) {
+  if (past)
+    stream(p, v);
+  else
+    store(p, v, part);
+}
+template <class T, class V>
+NNFAST_INLINE void store(T* p, V v, Tail<V> part, bool) {
+  store(p, v, part);
+}
 template <class V>
 NNFAST_INLINE V keep(V v, Full<V>) {
   return v;
@@ -291,14 +331,21 @@ NNFAST_INLINE typename V::scalar sum(Pair<V> v) {
   return sum(v.lo + v.hi);
 }
 
-// A sum over a run: four registers that take in whatever part comes.
-template <class A>
+// A sum over a run: as many registers as a sweep hands out at a time, which take in a single one too.
+template <class A, class Wide = Quad<A>>
 struct Sum {
-  Quad<A> s;
+  Wide s;
   NNFAST_MEMBER Sum() : s(A(0)) {}
-  NNFAST_MEMBER void operator+=(Quad<A> v) { s = s + v; }
-  NNFAST_MEMBER void operator+=(Vec<A> v) { s.lo.lo = s.lo.lo + v; }
+  NNFAST_MEMBER void operator+=(Wide v) { s = s + v; }
+  NNFAST_MEMBER void operator+=(Vec<A> v) { first(s) = first(s) + v; }
   NNFAST_MEMBER A total() const { return sum(s); }
+
+ private:
+  static NNFAST_MEMBER Vec<A>& first(Vec<A>& v) { return v; }
+  template <class V>
+  static NNFAST_MEMBER Vec<A>& first(Pair<V>& v) {
+    return first(v.lo);
+  }
 };
 
 // ---- elementary functions, as math/gelu.h names them; V is any number of float registers ----

@@ -18,11 +18,11 @@
 
 namespace nnfast {
 
-// A rounded mean leaves a small sum of x - mean behind; taking its square out again makes the variance exact to
-// the last bits (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983).
+// A rounded mean leaves a small mean of x - mean behind; taking its square out again makes the variance exact to the
+// last bits (Chan, Golub and LeVeque, "Algorithms for computing the sample variance", 1983).
 template <class A>
-NNFAST_FN A corrected_variance(A sum_of_squares, A sum, A size) {
-  return (sum_of_squares - sum * sum / size) / size;
+NNFAST_FN A corrected_variance(A mean_of_squares, A residual_mean) {
+  return mean_of_squares - residual_mean * residual_mean;
 }
 
 // A variance that rounding made negative counts as 0; NaN stays NaN.
