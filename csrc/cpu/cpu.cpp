@@ -9,10 +9,6 @@
 
 #include "memory.h"
 
-#ifdef __unix__
-#include <unistd.h>
-#endif
-
 namespace nnfast {
 
 const Kernels* cpu_kernels() {
@@ -99,14 +95,11 @@ void for_each_block(int64_t rows, int64_t threads, const std::function<void(int6
 }
 
 bool may_stream(const at::Tensor& output, size_t bytes) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const long cache = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-  static const long cache = 0;
-#endif
-  constexpr size_t kLine = 64;
-  return bytes > (cache > 0 ? (size_t)cache : size_t(32) << 20) &&
-         output.size(-1) * output.element_size() % kLine == 0 && (uintptr_t)output.const_data_ptr() % kLine == 0;
+  // What a core can count on of the last cache. The system is no help here: on a virtual machine it may name the
+  // whole host's.
+  constexpr size_t kCache = size_t(32) << 20, kLine = 64;
+  return bytes >= kCache && output.size(-1) * output.element_size() % kLine == 0 &&
+         (uintptr_t)output.const_data_ptr() % kLine == 0;
 }
 
 int64_t row_grain(int64_t size) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, size)); }

@@ -20,9 +20,9 @@ struct PerRow {
   template <class V>  // for R = 2 the Pair of the rows
   NNFAST_MEMBER V as() const {
     if constexpr (R == 1)
-      return v[0];
+      return typename V::scalar(v[0]);
     else
-      return V(v[0], v[1]);
+      return V(typename V::scalar(v[0]), typename V::scalar(v[1]));
   }
 };
 
@@ -90,9 +90,10 @@ struct RowSum {
       s[1] += v.hi;
     }
   }
-  NNFAST_MEMBER PerRow<A, R> total(A scale) const {
-    PerRow<A, R> t;
-    for (int r = 0; r < R; ++r) t.v[r] = s[r].total() * scale;
+  // Over `size`. In double, as all that happens once a row: an error here would be in every element of it.
+  NNFAST_MEMBER PerRow<double, R> mean(int64_t size) const {
+    PerRow<double, R> t;
+    for (int r = 0; r < R; ++r) t.v[r] = (double)s[r].total() / (double)size;
     return t;
   }
 };
@@ -103,12 +104,10 @@ NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
   const W *weight = (const W*)f.weight, *bias = (const W*)f.bias;
   const T* x = (const T*)f.input + row * f.input_stride;
   T* y = (T*)f.output + row * f.size;
-  const A inverse = A(1) / A(f.size);
-
   RowSum<A, R> s;
   sweep<A, Columns<A, R>>(
       f.size, [&](int64_t i, auto part) NNFAST_LAMBDA { s += load_rows<R>(x + i, f.input_stride, part); });
-  PerRow<A, R> mean = s.total(inverse), rstd;
+  PerRow<double, R> mean = s.mean(f.size), rstd;
 
   RowSum<A, R> s1, s2;
   sweep<A, Columns<A, R>>(f.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
@@ -118,12 +117,13 @@ NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
     s1 += d;
     s2 += d * d;
   });
-  const PerRow<A, R> residual = s1.total(inverse), square = s2.total(inverse);
+  const PerRow<double, R> residual = s1.mean(f.size), square = s2.mean(f.size);
   for (int r = 0; r < R; ++r) {
-    rstd.v[r] = reciprocal_std(corrected_variance(square.v[r], residual.v[r]), A(f.eps));
-    mean.v[r] = mean.v[r] + residual.v[r];
-    ((A*)f.mean)[row + r] = mean.v[r];
-    ((A*)f.rstd)[row + r] = rstd.v[r];
+    // The residual is from the mean as the subtraction above saw it.
+    mean.v[r] = (double)A(mean.v[r]) + residual.v[r];
+    rstd.v[r] = reciprocal_std(corrected_variance(square.v[r], residual.v[r]), f.eps);
+    ((A*)f.mean)[row + r] = A(mean.v[r]);
+    ((A*)f.rstd)[row + r] = A(rstd.v[r]);
   }
 
   sweep<A, Columns<A, R>>(f.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
@@ -166,8 +166,7 @@ NNFAST_INLINE void layer_norm_backward_rows(
   });
   if (!b.grad_input) return;
 
-  const A inverse = A(1) / A(b.size);
-  const PerRow<A, R> m1 = s1.total(inverse), m2 = s2.total(inverse);
+  const PerRow<double, R> m1 = s1.mean(b.size), m2 = s2.mean(b.size);
   sweep<A, Columns<A, R>>(b.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
     using V = Block<decltype(part), R>;
     const V grad = load_rows<R>(g + i, b.grad_out_stride, part);
@@ -183,17 +182,25 @@ NNFAST_INLINE void layer_norm_backward_rows(
   });
 }
 
+// Two at a time while rows are short: long ones keep the CPU busy by themselves, and only split its memory traffic.
+template <class T>
+NNFAST_INLINE bool is_short(int64_t size) {
+  return size * sizeof(T) <= 2048;
+}
+
 template <class T, class W>
 void layer_norm_fwd_kernel(const LayerNormForward& f, int64_t begin, int64_t end) {
-  for (; begin + 2 <= end; begin += 2) layer_norm_rows<2, T, W>(f, begin);
-  if (begin < end) layer_norm_rows<1, T, W>(f, begin);
+  if (is_short<T>(f.size))
+    for (; begin + 2 <= end; begin += 2) layer_norm_rows<2, T, W>(f, begin);
+  for (; begin < end; ++begin) layer_norm_rows<1, T, W>(f, begin);
   if (f.stream) _mm_sfence();
 }
 
 template <class T, class W>
 void layer_norm_bwd_kernel(const LayerNormBackward& b, void* grad_weight, void* grad_bias, int64_t begin, int64_t end) {
-  for (; begin + 2 <= end; begin += 2) layer_norm_backward_rows<2, T, W>(b, grad_weight, grad_bias, begin);
-  if (begin < end) layer_norm_backward_rows<1, T, W>(b, grad_weight, grad_bias, begin);
+  if (is_short<T>(b.size))
+    for (; begin + 2 <= end; begin += 2) layer_norm_backward_rows<2, T, W>(b, grad_weight, grad_bias, begin);
+  for (; begin < end; ++begin) layer_norm_backward_rows<1, T, W>(b, grad_weight, grad_bias, begin);
   if (b.stream) _mm_sfence();
 }
 
