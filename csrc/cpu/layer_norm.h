@@ -49,9 +49,10 @@ NNFAST_INLINE void store_rows(T* p, int64_t stride, V v, P part, bool past) {
     store(p + stride, v.hi, part, past);
   }
 }
-template <int R, class T, class P>
+// The passes of a row leave the memory idle in turn: the first asks for the rows after the next, the last for the next.
+template <int R, int Ahead, class T, class P>
 NNFAST_INLINE void prefetch_rows(const T* p, int64_t stride, P part) {
-  for (int r = 0; r < R; ++r) prefetch(p + (R + r) * stride, part);
+  for (int r = 0; r < R; ++r) prefetch(p + (R * Ahead + r) * stride, part);
 }
 // One row's value for all R, and the sum over the R rows.
 template <int R, class V>
@@ -105,8 +106,10 @@ NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
   const T* x = (const T*)f.input + row * f.input_stride;
   T* y = (T*)f.output + row * f.size;
   RowSum<A, R> s;
-  sweep<A, Columns<A, R>>(
-      f.size, [&](int64_t i, auto part) NNFAST_LAMBDA { s += load_rows<R>(x + i, f.input_stride, part); });
+  sweep<A, Columns<A, R>>(f.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+    s += load_rows<R>(x + i, f.input_stride, part);
+    prefetch_rows<R, 2>(x + i, f.input_stride, part);
+  });
   PerRow<double, R> mean = s.mean(f.size), rstd;
 
   RowSum<A, R> s1, s2;
@@ -131,7 +134,7 @@ NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
     V v = normalized<V>(load_rows<R>(x + i, f.input_stride, part), mean.template as<V>(), rstd.template as<V>());
     if (weight) v = v * for_rows<R>(load(weight + i, part));
     if (bias) v = v + for_rows<R>(load(bias + i, part));
-    prefetch_rows<R>(x + i, f.input_stride, part);
+    prefetch_rows<R, 1>(x + i, f.input_stride, part);
     store_rows<R>(y + i, f.size, v, part, f.stream);
   });
 }
@@ -158,6 +161,8 @@ NNFAST_INLINE void layer_norm_backward_rows(
     const V grad = load_rows<R>(g + i, b.grad_out_stride, part);
     const V xhat =
         normalized<V>(load_rows<R>(x + i, b.input_stride, part), mean.template as<V>(), rstd.template as<V>());
+    prefetch_rows<R, 2>(g + i, b.grad_out_stride, part);
+    prefetch_rows<R, 2>(x + i, b.input_stride, part);
     if (dw) store(dw + i, load(dw + i, part) + over_rows<R>(grad * xhat), part);
     if (db) store(db + i, load(db + i, part) + over_rows<R>(grad), part);
     const V grad_xhat = weight ? grad * for_rows<R>(load(weight + i, part)) : grad;
@@ -173,8 +178,8 @@ NNFAST_INLINE void layer_norm_backward_rows(
     const V xhat =
         normalized<V>(load_rows<R>(x + i, b.input_stride, part), mean.template as<V>(), rstd.template as<V>());
     const V grad_xhat = weight ? grad * for_rows<R>(load(weight + i, part)) : grad;
-    prefetch_rows<R>(g + i, b.grad_out_stride, part);
-    prefetch_rows<R>(x + i, b.input_stride, part);
+    prefetch_rows<R, 1>(g + i, b.grad_out_stride, part);
+    prefetch_rows<R, 1>(x + i, b.input_stride, part);
     store_rows<R>(
         dx + i, b.size,
         layer_norm_grad_input<V>(grad_xhat, xhat, m1.template as<V>(), m2.template as<V>(), rstd.template as<V>()),
