@@ -35,12 +35,13 @@ struct LayerNormBackward {
   bool stream;
 };
 
-// Elementwise over n contiguous elements.
+// Elementwise over contiguous elements.
 struct Gelu {
   DType dtype;
   bool tanh;
   const void* input;
-  void* output;
+  void *output, *copy;  // copy may be null: else the input is written there as well
+  bool stream;
 };
 // grad_pre = grad_out * gelu'(pre), over contiguous rows of `size` elements.
 struct GeluBackward {
@@ -49,6 +50,7 @@ struct GeluBackward {
   int64_t size;
   const void *grad_out, *pre;
   void* grad_pre;
+  bool stream;
 };
 
 struct AdamWTensor {

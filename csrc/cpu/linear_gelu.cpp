@@ -28,26 +28,48 @@ using OneDnnLinear = Tensor(
     const Tensor&, const Tensor&, const OptTensor&, c10::string_view, c10::List<std::optional<at::Scalar>>,
     std::optional<c10::string_view>);
 
-// input weight^T + bias for two matrices.
-Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = std::nullopt) {
-  static const auto one_dnn = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+bool one_dnn_serves(const Tensor& t, int64_t multiply_adds) {
   const auto& context = at::globalContext();
   const auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
   // Where the user lets float32 products run in a lower precision, torch decides how.
   const bool exact = precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32;
-  if (one_dnn && input.scalar_type() == at::kFloat && exact && context.userEnabledMkldnn() &&
-      input.size(0) * input.size(1) * weight.size(0) >= kOneDnnMultiplyAdds)
-    return one_dnn->typed<OneDnnLinear>().call(input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
-  return at::linear(input, weight, bias);
+  return t.scalar_type() == at::kFloat && exact && context.userEnabledMkldnn() && multiply_adds >= kOneDnnMultiplyAdds;
+}
+
+// input weight^T + bias for two matrices.
+Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = std::nullopt) {
+  static const auto one_dnn = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  if (!one_dnn || !one_dnn_serves(input, input.size(0) * input.size(1) * weight.size(0)))
+    return at::linear(input, weight, bias);
+  return one_dnn->typed<OneDnnLinear>().call(input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+}
+
+// a^T b for two matrices. oneDNN reads its first operand by rows and copies it where it does not lie so, while it
+// takes the second as it is: so the smaller one is the one to be transposed.
+Tensor gemm_tn(const Tensor& a, const Tensor& b) {
+  if (!one_dnn_serves(a, a.size(0) * a.size(1) * b.size(1))) return at::mm(a.t(), b);
+  if (a.size(1) <= b.size(1)) return gemm(a.t(), b.t());
+  return gemm(b.t(), a.t()).t().contiguous();
+}
+
+// Threads get whole lines of memory, as streaming stores need.
+constexpr int64_t kLine = 64;
+void gelu_elements(const Gelu& f, int64_t count) {
+  at::parallel_for(0, (count + kLine - 1) / kLine, kElementGrain / kLine, [&](int64_t begin, int64_t end) {
+    cpu_kernels()->gelu(f, begin * kLine, std::min(end * kLine, count));
+  });
 }
 
 Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
-  Tensor output = at::empty_like(self);
-  const Tensor input = self.strides() == output.strides() ? self : at::empty_like(output).copy_(self);
-  const Gelu f{cpu_dtype(self), approximate == "tanh", input.const_data_ptr(), output.mutable_data_ptr()};
-  at::parallel_for(
-      0, self.numel(), kElementGrain, [&](int64_t begin, int64_t end) { cpu_kernels()->gelu(f, begin, end); });
+  // The output lies as the input does where that has no gaps, in rows where it has.
+  const bool dense = self.is_non_overlapping_and_dense();
+  Tensor output = dense && !self.is_contiguous() ? at::empty_like(self) : empty(self.sizes(), self.scalar_type());
+  const Tensor input = dense ? self : self.contiguous();
+  gelu_elements(
+      {cpu_dtype(self), approximate == "tanh", input.const_data_ptr(), output.mutable_data_ptr(), nullptr,
+       may_stream(output, 2 * output.nbytes())},
+      self.numel());
   return output;
 }
 
@@ -77,13 +99,34 @@ Tensor gelu_backward_cpu(const Tensor& grad_output, const Tensor& self, c10::str
   return std::get<0>(gelu_grad(grad_output, self, 1, approximate, false));
 }
 
+// How much of the product is computed before its GELU is taken: as much as stays in the cache till then.
+constexpr int64_t kBlockBytes = int64_t(8) << 20;
+
 std::tuple<Tensor, Tensor> linear_gelu_cpu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
   check(covers_linear_gelu(input, weight, bias, approximate));
+  const int64_t out = weight.size(0);
   at::DimVector sizes(input.sizes());
-  sizes.back() = weight.size(0);
-  const Tensor pre = gemm(input.reshape({-1, weight.size(1)}), weight, bias).view(sizes);
-  return {gelu_cpu(pre, approximate), pre};
+  sizes.back() = out;
+  const Tensor x = input.reshape({-1, weight.size(1)});
+  const int64_t rows = x.size(0), element = input.element_size();
+  const int64_t block = std::max<int64_t>(128, kBlockBytes / std::max<int64_t>(1, out * element) / 128 * 128);
+  if (rows < 2 * block) {
+    const Tensor pre = gemm(x, weight, bias).view(sizes);
+    return {gelu_cpu(pre, approximate), pre};
+  }
+  // The product's own memory is used over and over; pre and output are written once, where they stay.
+  Tensor output = empty(sizes, input.scalar_type()), pre = empty(sizes, input.scalar_type());
+  const bool stream = may_stream(output, 2 * output.nbytes());
+  for (int64_t row = 0; row < rows; row += block) {
+    const int64_t count = std::min(block, rows - row), offset = row * out * element;
+    const Tensor part = gemm(x.narrow(0, row, count), weight, bias);
+    gelu_elements(
+        {cpu_dtype(input), approximate == "tanh", part.const_data_ptr(), (char*)output.mutable_data_ptr() + offset,
+         (char*)pre.mutable_data_ptr() + offset, stream},
+        count * out);
+  }
+  return {output, pre};
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_cpu(
@@ -95,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_cpu(
   const Tensor d = grad_pre.view({-1, out});
   return {
       output_mask[0] ? gemm(d, weight.t()).view(input.sizes()) : Tensor(),
-      output_mask[1] ? gemm(d.t(), input.reshape({-1, in}).t()) : Tensor(), grad_bias.total({out}, pre.scalar_type())};
+      output_mask[1] ? gemm_tn(d, input.reshape({-1, in})) : Tensor(), grad_bias.total({out}, pre.scalar_type())};
 }
 
 }  // namespace

@@ -10,9 +10,13 @@ template <class T, bool Tanh>
 void gelu_fwd_kernel(const Gelu& f, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = (const T*)f.input + begin;
-  T* y = (T*)f.output + begin;
-  sweep_elementary<A>(
-      end - begin, [&](int64_t i, auto part) NNFAST_LAMBDA { store(y + i, gelu<Tanh, A>(load(x + i, part)), part); });
+  T *y = (T*)f.output + begin, *copy = f.copy ? (T*)f.copy + begin : nullptr;
+  sweep_elementary<A>(end - begin, [&](int64_t i, auto part) NNFAST_LAMBDA {
+    const auto v = load(x + i, part);
+    if (copy) store(copy + i, v, part, f.stream);
+    store(y + i, gelu<Tanh, A>(v), part, f.stream);
+  });
+  if (f.stream) _mm_sfence();
 }
 
 // The bias gradient sums what is stored: grad_pre rounded to its type, as the GEMMs of the backward see it.
@@ -27,10 +31,12 @@ void gelu_bwd_kernel(const GeluBackward& b, void* grad_bias, int64_t begin, int6
     const T *g = (const T*)b.grad_out + offset, *pre = (const T*)b.pre + offset;
     T* d = (T*)b.grad_pre + offset;
     sweep_elementary<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
-      store(d + i, load(g + i, part) * gelu_grad<Tanh, A>(load(pre + i, part)), part);
-      if (db) store(db + i, load(db + i, part) + load(d + i, part), part);
+      const auto grad = rounded<T>(load(g + i, part) * gelu_grad<Tanh, A>(load(pre + i, part)));
+      store(d + i, grad, part, b.stream);
+      if (db) store(db + i, load(db + i, part) + grad, part);
     });
   }
+  if (b.stream) _mm_sfence();
 }
 
 NNFAST_INLINE void gelu_fwd(const Gelu& f, int64_t begin, int64_t end) {

@@ -331,6 +331,23 @@ NNFAST_INLINE typename V::scalar sum(Pair<V> v) {
   return sum(v.lo + v.hi);
 }
 
+// v as it will be when it is read back from a T.
+template <class T>
+NNFAST_INLINE f32v rounded(f32v v) {
+  if constexpr (sizeof(T) == 2)
+    return widen(T{}, narrow(T{}, v));
+  else
+    return v;
+}
+template <class T, class V>
+NNFAST_INLINE Pair<V> rounded(Pair<V> v) {
+  return {rounded<T>(v.lo), rounded<T>(v.hi)};
+}
+template <class T>
+NNFAST_INLINE double rounded(double v) {
+  return v;
+}
+
 // A sum over a run: as many registers as a sweep hands out at a time, which take in a single one too.
 template <class A, class Wide = Quad<A>>
 struct Sum {
@@ -413,6 +430,7 @@ struct One {
 };
 NNFAST_INLINE double load(const double* p, One) { return *p; }
 NNFAST_INLINE void store(double* p, double v, One) { *p = v; }
+NNFAST_INLINE void store(double* p, double v, One, bool) { *p = v; }
 template <class A, class Body>
 NNFAST_INLINE void sweep_elementary(int64_t n, Body body) {
   if constexpr (sizeof(A) == sizeof(float))
