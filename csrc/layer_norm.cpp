@@ -94,6 +94,7 @@ c10::SymIntArrayRef normalized_shape_of(
 
 struct LayerNorm {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
     const auto &input = saved[0], &stats = saved[1], &weight = saved[2], &bias = saved[3];
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};

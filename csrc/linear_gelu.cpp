@@ -102,6 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_meta(
 template <bool Tanh>
 struct Gelu {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
     if (!grads[0].defined()) return {Tensor()};
     return {nnfast::gelu_backward(grads[0], saved[0], Tanh ? "tanh" : "none")};
@@ -144,6 +145,7 @@ template <bool Tanh>
 struct LinearGelu {
   // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
     const auto &input = saved[0], &weight = saved[1], &pre = saved[2];
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};

@@ -39,6 +39,8 @@ bool one_dnn_serves(const Tensor& t, int64_t multiply_adds) {
 // input weight^T + bias for two matrices.
 Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = std::nullopt) {
   static const auto one_dnn = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
+  // What comes here has the dtype it shall have, also where a backward runs inside autocast.
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (!one_dnn || !one_dnn_serves(input, input.size(0) * input.size(1) * weight.size(0)))
     return at::linear(input, weight, bias);
   return one_dnn->typed<OneDnnLinear>().call(input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
@@ -47,7 +49,10 @@ Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = s
 // a^T b for two matrices. oneDNN reads its first operand by rows and copies it where it does not lie so, while it
 // takes the second as it is: so the smaller one is the one to be transposed.
 Tensor gemm_tn(const Tensor& a, const Tensor& b) {
-  if (!one_dnn_serves(a, a.size(0) * a.size(1) * b.size(1))) return at::mm(a.t(), b);
+  if (!one_dnn_serves(a, a.size(0) * a.size(1) * b.size(1))) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    return at::mm(a.t(), b);
+  }
   if (a.size(1) <= b.size(1)) return gemm(a.t(), b.t());
   return gemm(b.t(), a.t()).t().contiguous();
 }
