@@ -18,12 +18,18 @@ namespace nnfast {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// T has backward(ctx, grads), which gives one gradient for each of `inputs`, undefined where none is wanted:
-// ctx->needs_input_grad(i) is false for an input that is not there or needs none. grads of unused outputs are
+// CppNode builds its name from the type's at every call.
+template <class T>
+struct OpNode : torch::autograd::CppNode<T> {
+  std::string name() const override { return T::name; }
+};
+
+// T has a name, and backward(ctx, grads), which gives one gradient for each of `inputs`, undefined where none is
+// wanted: ctx->needs_input_grad(i) is false for an input that is not there or needs none. grads of unused outputs are
 // undefined.
 template <class T, class... Inputs>
 auto make_node(const Inputs&... inputs) {
-  using Node = torch::autograd::CppNode<T>;
+  using Node = OpNode<T>;
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
   auto node = [] {
     // torch 2.11 counts the references to a node outside of it.

@@ -93,6 +93,9 @@ c10::SymIntArrayRef normalized_shape_of(
 }
 
 struct LayerNorm {
+  static constexpr auto name = "LayerNormBackward";
+  static constexpr bool is_traceable = false;
+
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
@@ -103,7 +106,6 @@ struct LayerNorm {
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
     return {grad_input, grad_weight, grad_bias};
   }
-  static constexpr bool is_traceable = false;
 };
 
 std::tuple<Tensor, Tensor> layer_norm_autograd(

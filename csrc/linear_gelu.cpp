@@ -101,13 +101,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_meta(
 // A type for each approximation: a node then need not carry its name.
 template <bool Tanh>
 struct Gelu {
+  static constexpr auto name = "GeluBackward";
+  static constexpr bool is_traceable = false;
+
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
     if (!grads[0].defined()) return {Tensor()};
     return {nnfast::gelu_backward(grads[0], saved[0], Tanh ? "tanh" : "none")};
   }
-  static constexpr bool is_traceable = false;
 };
 
 Tensor gelu_autograd(const Tensor& self, c10::string_view approximate) {
@@ -143,6 +145,9 @@ void add_linear_backward(
 
 template <bool Tanh>
 struct LinearGelu {
+  static constexpr auto name = "LinearGeluBackward";
+  static constexpr bool is_traceable = false;
+
   // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const NotRecorded guard;
@@ -156,7 +161,6 @@ struct LinearGelu {
     if (grads[1].defined()) add_linear_backward(out, grads[1], input, weight, mask);
     return out;
   }
-  static constexpr bool is_traceable = false;
 };
 
 std::tuple<Tensor, Tensor> linear_gelu_autograd(
