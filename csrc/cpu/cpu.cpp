@@ -73,7 +73,7 @@ void* RowSums::of(int64_t thread) const { return parts_.defined() ? level(thread
 void RowSums::end_block(int64_t thread) {
   if (!parts_.defined()) return;
   cpu_kernels()->move_sums(dtype_, level(thread, 1), level(thread, 0), size_);
-  if (++blocks_[thread] % kBlock == 0) cpu_kernels()->move_sums(dtype_, level(thread, 2), level(thread, 1), size_);
+  if (++blocks_[thread] % kBlocks == 0) cpu_kernels()->move_sums(dtype_, level(thread, 2), level(thread, 1), size_);
 }
 
 at::Tensor RowSums::total(at::IntArrayRef sizes, at::ScalarType dtype) const {
@@ -84,12 +84,14 @@ at::Tensor RowSums::total(at::IntArrayRef sizes, at::ScalarType dtype) const {
   return out;
 }
 
-void for_each_block(int64_t rows, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& f) {
+void for_each_block(
+    int64_t rows, int64_t size, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& f) {
+  // Very short rows in longer blocks, or the ends of the blocks would be most of the work.
+  const int64_t block = size >= 64 ? 16 : 64;
   at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
       const int64_t end = rows * (t + 1) / threads;
-      for (int64_t begin = rows * t / threads; begin < end; begin += RowSums::kBlock)
-        f(t, begin, std::min(begin + RowSums::kBlock, end));
+      for (int64_t begin = rows * t / threads; begin < end; begin += block) f(t, begin, std::min(begin + block, end));
     }
   });
 }

@@ -26,12 +26,12 @@ Rows rows_of(const at::Tensor& t, int64_t size, int64_t ndim);
 
 // Sums over rows, `size` of them side by side, taken by several threads in the accumulation type of `like`.
 //
-// A long sum of floats that is added up one after another loses digits with every term. So each thread sums kBlock
-// rows, adds kBlock of those sums to one of the next level, and those to the third: the error of a sum of 4096 terms
-// is that of three of 16, as in torch's own sum. The threads' sums are added in their order, so a result repeats.
+// A long sum of floats that is added up one after another loses digits with every term. So each thread sums a block of
+// rows, adds that to a sum of blocks, and kBlocks of those to the last one: the error of a sum of 4096 terms is that of
+// three of 16, as in torch's own sum. The threads' sums are added in their order, so a result repeats.
 class RowSums {
  public:
-  static constexpr int64_t kBlock = 16, kLevels = 3;
+  static constexpr int64_t kBlocks = 16, kLevels = 3;
 
   RowSums(bool wanted, int64_t threads, int64_t size, const at::Tensor& like);
   // Where `thread` adds the rows of a block, or null where no sum is wanted; and the end of a block.
@@ -50,7 +50,8 @@ class RowSums {
 };
 
 // Calls f(thread, begin, end) for block after block of the rows, each thread's rows one run of blocks.
-void for_each_block(int64_t rows, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& f);
+void for_each_block(
+    int64_t rows, int64_t size, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& f);
 
 // Whether `output` is better written past the caches. What a call touches (`bytes`, the output among them) would not
 // stay there until the next op in any case, and without the detour a line is not read before it is overwritten. Every

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   const int64_t threads = row_threads(rows, size);
   RowSums grad_weight(output_mask[1] && weight, threads, size, input);
   RowSums grad_bias(output_mask[2] && defined(bias), threads, size, input);
-  for_each_block(rows, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+  for_each_block(rows, size, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     cpu_kernels()->layer_norm_backward(b, grad_weight.of(thread), grad_bias.of(thread), begin, end);
     grad_weight.end_block(thread);
     grad_bias.end_block(thread);

@@ -47,13 +47,15 @@ Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = s
 }
 
 // a^T b for two matrices. oneDNN reads its first operand by rows and copies it where it does not lie so, while it
-// takes the second as it is: so the smaller one is the one to be transposed.
+// takes the second as it is. With many rows it pays to have the smaller operand copied, and to turn the result around.
+constexpr int64_t kManyRows = 2048;
+
 Tensor gemm_tn(const Tensor& a, const Tensor& b) {
   if (!one_dnn_serves(a, a.size(0) * a.size(1) * b.size(1))) {
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     return at::mm(a.t(), b);
   }
-  if (a.size(1) <= b.size(1)) return gemm(a.t(), b.t());
+  if (a.size(1) <= b.size(1) || a.size(0) < kManyRows) return gemm(a.t(), b.t());
   return gemm(b.t(), a.t()).t().contiguous();
 }
 
@@ -88,7 +90,7 @@ std::tuple<Tensor, RowSums> gelu_grad(
   const GeluBackward b{cpu_dtype(pre),        approximate == "tanh", size,
                        grad.const_data_ptr(), x.const_data_ptr(),    grad_pre.mutable_data_ptr()};
   if (want_bias)
-    for_each_block(rows, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    for_each_block(rows, size, threads, [&](int64_t thread, int64_t begin, int64_t end) {
       cpu_kernels()->gelu_backward(b, grad_bias.of(thread), begin, end);
       grad_bias.end_block(thread);
     });
