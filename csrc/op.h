@@ -38,10 +38,10 @@ bool any_needs_grad(const T&... t) {
 // strided one (ordinary), and the op's own covers_...() knows the dtypes and shapes. All of it is read off the
 // inputs of this call, so that a forward and its recomputation under checkpointing decide alike.
 
-// No functorch transform, no dispatch or function mode, no tracing.
+// No functorch transform, no dispatch or function mode, no tracing, no forward-mode AD.
 bool ordinary_thread();
 
-// Strided, dense, on a device whose kernels are there, and no forward-mode tangent attached.
+// Strided, dense, on a device whose kernels are there.
 bool ordinary(const Tensor& t);
 inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }
 

@@ -21,16 +21,31 @@ static bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
   return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
+static PyObject* interned(const char* s) { return PyUnicode_InternFromString(s); }
+
+// Whether forward-mode AD is at work. Asking a tensor for its tangent takes a lock; this asks for the current level,
+// without which no tensor has one.
+static bool has_dual_level() {
+  static PyObject* const key = interned("_current_level");
+  static PyObject* const names = []() -> PyObject* {
+    PyObject* module = PyImport_ImportModule("torch.autograd.forward_ad");
+    if (!module) throw python_error();
+    return PyModule_GetDict(module);
+  }();
+  PyObject* level = PyDict_GetItem(names, key);
+  return !level || !PyLong_Check(level) || PyLong_AsLong(level) >= 0;
+}
+
 bool ordinary_thread() {
   // What a thread includes beyond the defaults is a transform, a mode or a tracer.
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return within(included, c10::default_included_set) && !at::impl::torch_function_mode_enabled();
+  return within(included, c10::default_included_set) && !at::impl::torch_function_mode_enabled() && !has_dual_level();
 }
 
 bool ordinary(const Tensor& t) {
   static const c10::DispatchKeySet plain = c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::autocast_dispatch_keyset |
                                            c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-  return cpu_kernels() && within(t.key_set(), plain) && !t._fw_grad(0).defined();
+  return cpu_kernels() && within(t.key_set(), plain);
 }
 
 namespace {
@@ -139,13 +154,37 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // ---- AdamW ----
 
-struct AdamWGroup {
-  std::vector<Tensor> params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps;
-  double lr, beta1, beta2, weight_decay, eps;
-  bool maximize;
+// Tensors without references of their own. Taking one, and giving it back, costs a tenth of a microsecond: a tensor
+// that Python knows counts it there too. What they point to is held by the optimizer, and so alive while nobody else
+// runs.
+class Borrowed {
+ public:
+  Borrowed() = default;
+  Borrowed(Borrowed&&) = default;
+  ~Borrowed() {
+    for (auto& t : tensors_) c10::MaybeOwnedTraits<Tensor>::destroyBorrow(t);
+  }
+  void add(const Tensor& t) { tensors_.push_back(c10::MaybeOwnedTraits<Tensor>::createBorrow(t)); }
+  void reserve(size_t n) { tensors_.reserve(n); }
+  const std::vector<Tensor>& tensors() const { return tensors_; }
+
+ private:
+  std::vector<Tensor> tensors_;
 };
 
-PyObject* interned(const char* s) { return PyUnicode_InternFromString(s); }
+struct AdamWGroup {
+  Borrowed params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps;
+  int64_t elements = 0;
+  double lr, beta1, beta2, weight_decay, eps;
+  bool maximize;
+
+  void step(const OptTensor& grad_scale, const OptTensor& found_inf) const {
+    if (params.tensors().empty()) return;
+    adamw_(
+        params.tensors(), grads.tensors(), exp_avgs.tensors(), exp_avg_sqs.tensors(), max_exp_avg_sqs.tensors(),
+        state_steps.tensors(), lr, beta1, beta2, weight_decay, eps, maximize, grad_scale, found_inf);
+  }
+};
 
 // optimizer.state[p] for parameter after parameter. Hashing a tensor is a call into Python; the state was filled in
 // the order of the parameters, so the next entry of the dict nearly always is the one.
@@ -173,6 +212,18 @@ class StateReader {
   Py_ssize_t position_ = 0;
   bool exhausted_ = false;
 };
+
+// The values of `keys` in a dict, null for one that is missing. A dict is most quickly read in its own order, which is
+// that of the keys wherever torch's optimizer made it.
+template <size_t N>
+void look_up(PyObject* dict, PyObject* const (&keys)[N], size_t count, PyObject* (&values)[N]) {
+  PyObject *key, *value;
+  Py_ssize_t position = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const bool next = PyDict_Next(dict, &position, &key, &value);
+    values[i] = next && key == keys[i] ? value : PyDict_GetItem(dict, keys[i]);
+  }
+}
 
 bool flag(PyObject* group, PyObject* key, bool& out) {
   PyObject* o = PyDict_GetItem(group, key);
@@ -204,10 +255,8 @@ bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
   static PyObject* const k_differentiable = interned("differentiable");
   static PyObject* const k_decoupled = interned("decoupled_weight_decay");
   static PyObject* const k_foreach = interned("foreach");
-  static PyObject* const k_step = interned("step");
-  static PyObject* const k_exp_avg = interned("exp_avg");
-  static PyObject* const k_exp_avg_sq = interned("exp_avg_sq");
-  static PyObject* const k_max_exp_avg_sq = interned("max_exp_avg_sq");
+  static PyObject* const k_state[] = {
+      interned("step"), interned("exp_avg"), interned("exp_avg_sq"), interned("max_exp_avg_sq")};
 
   if (!PyDict_Check(group)) return false;
   bool amsgrad, capturable, differentiable, decoupled, foreach;
@@ -235,27 +284,29 @@ bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
     if (!is_plain(p)) return false;
     const Tensor &param = THPVariable_Unpack(p), &grad = param.grad();
     if (!grad.defined()) continue;
-    PyObject* s = state.of(p);
+    PyObject *s = state.of(p), *values[4];
     if (!s) return false;
-    PyObject *step = PyDict_GetItem(s, k_step), *exp_avg = PyDict_GetItem(s, k_exp_avg),
-             *exp_avg_sq = PyDict_GetItem(s, k_exp_avg_sq);
-    PyObject* top = amsgrad ? PyDict_GetItem(s, k_max_exp_avg_sq) : Py_None;
-    for (PyObject* o : {step, exp_avg, exp_avg_sq})
-      if (!o || !is_plain(o) || !ordinary(THPVariable_Unpack(o))) return false;
-    if (!top || (amsgrad && (!is_plain(top) || !ordinary(THPVariable_Unpack(top))))) return false;
-    if (!ordinary(param) || !ordinary(grad)) return false;
-    const Tensor &m = THPVariable_Unpack(exp_avg), &v = THPVariable_Unpack(exp_avg_sq), &t = THPVariable_Unpack(step);
-    const Tensor& max = amsgrad ? THPVariable_Unpack(top) : none;
-    if (!covers_adamw(param, grad, m, v, max, t)) return false;
-    out.params.push_back(param);
-    out.grads.push_back(grad);
-    out.exp_avgs.push_back(m);
-    out.exp_avg_sqs.push_back(v);
-    out.state_steps.push_back(t);
-    if (amsgrad) out.max_exp_avg_sqs.push_back(max);
+    const size_t count = amsgrad ? 4 : 3;
+    look_up(s, k_state, count, values);
+    for (size_t k = 0; k < count; ++k)
+      if (!values[k] || !is_plain(values[k]) || !ordinary(THPVariable_Unpack(values[k]))) return false;
+    const Tensor &step = THPVariable_Unpack(values[0]), &exp_avg = THPVariable_Unpack(values[1]),
+                 &exp_avg_sq = THPVariable_Unpack(values[2]), &top = amsgrad ? THPVariable_Unpack(values[3]) : none;
+    if (!ordinary(param) || !ordinary(grad) || !covers_adamw(param, grad, exp_avg, exp_avg_sq, top, step)) return false;
+    out.params.add(param);
+    out.grads.add(grad);
+    out.exp_avgs.add(exp_avg);
+    out.exp_avg_sqs.add(exp_avg_sq);
+    out.state_steps.add(step);
+    if (amsgrad) out.max_exp_avg_sqs.add(top);
+    out.elements += param.numel();
   }
   return true;
 }
+
+// Elements from which other Python threads may run during a step, some milliseconds. What they could let go of is then
+// held by references.
+constexpr int64_t kReleaseGil = int64_t(1) << 24;
 
 // adamw_(param_groups, state, grad_scale, found_inf)
 PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -270,12 +321,17 @@ PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   for (size_t i = 0; i < groups.size(); ++i)
     if (!read_group(PyList_GET_ITEM(args[0], i), state, groups[i])) Py_RETURN_FALSE;
   const OptTensor grad_scale = optional_tensor(args[2]), found_inf = optional_tensor(args[3]);
-  pybind11::gil_scoped_release no_gil;
-  for (auto& g : groups)
-    if (!g.params.empty())
-      adamw_(
-          g.params, g.grads, g.exp_avgs, g.exp_avg_sqs, g.max_exp_avg_sqs, g.state_steps, g.lr, g.beta1, g.beta2,
-          g.weight_decay, g.eps, g.maximize, grad_scale, found_inf);
+  for (const auto& g : groups) {
+    if (g.elements < kReleaseGil) {
+      g.step(grad_scale, found_inf);
+      continue;
+    }
+    std::vector<Tensor> held;
+    for (const auto* list : {&g.params, &g.grads, &g.exp_avgs, &g.exp_avg_sqs, &g.max_exp_avg_sqs, &g.state_steps})
+      held.insert(held.end(), list->tensors().begin(), list->tensors().end());
+    pybind11::gil_scoped_release no_gil;
+    g.step(grad_scale, found_inf);
+  }
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
