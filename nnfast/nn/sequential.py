@@ -1,6 +1,9 @@
 import torch
+from torch.nn import Linear
 
 from nnfast.nn.linear_gelu import GELU, gelu_of_linear
+
+_GELUS = (torch.nn.GELU, GELU)
 
 
 class Sequential(torch.nn.Sequential):
@@ -16,19 +19,15 @@ class Sequential(torch.nn.Sequential):
                 input = module(input)
             return input
         else:
-            return _run(self, input)
-
-
-def _run(sequential: Sequential, input):
-    linear = None  # a Linear whose successor is not known yet
-    for module in sequential:
-        if linear is not None:
-            if type(module) in (torch.nn.GELU, GELU):
-                input, linear = gelu_of_linear(input, linear, module), None
-                continue
-            input, linear = linear(input), None
-        if type(module) is torch.nn.Linear:
-            linear = module
-        else:
-            input = module(input)
-    return input if linear is None else linear(input)
+            linear = None  # a Linear whose successor is not known yet
+            for module in self._modules.values():
+                if linear is not None:
+                    if type(module) in _GELUS:
+                        input, linear = gelu_of_linear(input, linear, module), None
+                        continue
+                    input, linear = linear(input), None
+                if type(module) is Linear:
+                    linear = module
+                else:
+                    input = module(input)
+            return input if linear is None else linear(input)
