@@ -65,6 +65,7 @@ struct AdamWTensor {
 // sums of the accumulation type over those rows, added to what is there; either may be null.
 struct Kernels {
   const char* name;
+  bool avx512;
   void (*layer_norm)(const LayerNormForward&, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const LayerNormBackward&, void* grad_weight, void* grad_bias, int64_t begin, int64_t end);
   void (*gelu)(const Gelu&, int64_t begin, int64_t end);
