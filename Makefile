@@ -1,5 +1,6 @@
 # make demo    the main job: a small GPT trained with torch and with nnfast, side by side
 # make test    the tests
+# make bench   every benchmark on this CPU, its table, report and pictures; make bench-gpu the same on a GPU
 # make lint    formatting and lint, as CI checks them; make format mends them
 #
 # Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
@@ -14,13 +15,28 @@ INSTALLED := build/installed-$(subst /,-,$(PYTHON))
 CLANG_FORMAT = $(PYTHON) -c "import clang_format; clang_format.clang_format()"
 PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint format clean
+.PHONY: demo test bench bench-gpu lint format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest
+
+bench: $(INSTALLED)
+	$(PYTHON) -m pytest benchmarks --benchmark-only -q --compile
+	$(PYTHON) benchmarks/train_gpt.py --record
+	$(PYTHON) benchmarks/train_gpt.py --record --dtype bfloat16
+	$(PYTHON) benchmarks/report.py
+
+GPT = $(PYTHON) benchmarks/train_gpt.py --record --device cuda --dtype bfloat16 --compile
+bench-gpu: $(INSTALLED)
+	$(PYTHON) -m pytest benchmarks --benchmark-only -q --device cuda --compile
+	$(PYTHON) -m pytest benchmarks --benchmark-only -q --device cuda --compile --graph
+	$(GPT) --layers 12 --width 768 --batch 128
+	$(GPT) --layers 24 --width 1024 --batch 64
+	$(GPT) --layers 36 --width 1280 --batch 32
+	$(PYTHON) benchmarks/report.py
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

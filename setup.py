@@ -54,8 +54,8 @@ def native():
 
 
 setup(
-    packages=["nnfast", "nnfast.nn", "nnfast.optim", "nnfast.kernels"],
-    package_dir={"nnfast": "nnfast", "nnfast.kernels": "kernels"},
+    packages=["nnfast", "nnfast.nn", "nnfast.optim", "nnfast.kernels", "nnfast.benchmarks"],
+    package_dir={"nnfast": "nnfast", "nnfast.kernels": "kernels", "nnfast.benchmarks": "benchmarks"},
     package_data={"nnfast": ["py.typed"]},
     **native(),
 )

@@ -3,8 +3,9 @@
     python benchmarks/train_gpt.py --steps 40 --layers 4 --width 256 --batch 8
 
 Both train from the same seed on the same batches, in turn, step by step, so that whatever else the machine does
-falls on both. The losses must agree; then the table and the picture say what was gained. The text is Python's own
-standard library, which every machine has, or ``--data FILE``, byte by byte.
+falls on both. The losses must agree; then the table and the picture say what was gained. With ``--compile`` both run
+compiled as well, beside the eager two. The text is Python's own standard library, which every machine has, or
+``--data FILE``, byte by byte.
 """
 
 import argparse
@@ -24,11 +25,13 @@ from rich.table import Table
 import nnfast
 import nnfast.nn
 import nnfast.optim
+from nnfast.benchmarks import harness
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 LIBRARIES = {"torch": (torch.nn, torch.optim), "nnfast": (nnfast.nn, nnfast.optim)}
+COMPILED = " + torch.compile"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CONTEXT, HEAD, VOCABULARY = 128, 64, 256
 WARMUP = 3  # steps that are trained and not timed
@@ -86,12 +89,12 @@ class Run:
     """One library's model and optimizer, its losses and its step times in seconds."""
 
     def __init__(self, name: str, options: argparse.Namespace):
-        nn, optim = LIBRARIES[name]
+        nn, optim = LIBRARIES[name.removesuffix(COMPILED)]
         torch.manual_seed(0)
         self.name, self.options = name, options
         self.model = build(nn, options.layers, options.width).to(options.device)
         self.optimizer = optim.AdamW(self.model.parameters(), lr=1e-3)
-        self.forward = torch.compile(self.model) if options.compile else self.model
+        self.forward = torch.compile(self.model) if name.endswith(COMPILED) else self.model
         self.losses, self.seconds = [], []
 
     def step(self, tokens, targets) -> None:
@@ -110,6 +113,16 @@ class Run:
     def step_seconds(self) -> float:
         return statistics.median(self.seconds[WARMUP:])
 
+    def beside(self) -> None:
+        """Forget the last step's loss and time: it was measured otherwise."""
+        self.losses.pop(), self.seconds.pop()
+
+    def peak_bytes(self, batch) -> int:
+        """What a step allocates at its highest point, beside parameters and optimizer state."""
+        peak = harness.peak_memory(lambda: self.step(*batch), self.options.device)
+        self.beside()
+        return peak
+
     def profile(self, batches) -> dict[str, float]:
         """Milliseconds a step in each kind of work, by the profiler."""
         activities = [torch.profiler.ProfilerActivity.CPU]
@@ -119,7 +132,7 @@ class Run:
         with torch.profiler.profile(activities=activities) as profile:
             for batch in batches:
                 self.step(*batch)
-        del self.losses[-len(batches) :], self.seconds[-len(batches) :]
+                self.beside()
         shares = dict.fromkeys([*KINDS, "other"], 0.0)
         for event in profile.key_averages():
             kind = next((k for k, words in KINDS.items() if any(w in event.key.lower() for w in words)), "other")
@@ -141,14 +154,14 @@ KINDS = {
 def picture(runs: list[Run], shares: list[dict[str, float]], path: Path) -> None:
     """Both loss curves over each other, and where the step's time goes."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
-    for run, style in zip(runs, ("-", "--"), strict=True):
+    for run, style in zip(runs, ("-", "--", "-.", ":"), strict=False):
         left.plot(run.losses, style, label=run.name, linewidth=2)
     left.set(xlabel="step", ylabel="loss", title="the same loss")
     left.legend()
-    below = [0.0, 0.0]
+    below = [0.0] * len(runs)
     for kind in shares[0]:
         heights = [s[kind] for s in shares]
-        right.bar([r.name for r in runs], heights, bottom=below, label=kind)
+        right.bar([r.name.replace(COMPILED, "\ncompiled") for r in runs], heights, bottom=below, label=kind)
         below = [b + h for b, h in zip(below, heights, strict=True)]
     right.set(ylabel="ms a step, as profiled", title="where a step's time goes")
     handles, labels = right.get_legend_handles_labels()
@@ -157,6 +170,21 @@ def picture(runs: list[Run], shares: list[dict[str, float]], path: Path) -> None
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def row(run: Run, base: Run, options: argparse.Namespace, peak_bytes: int) -> dict:
+    """What is recorded of a run; the speedup is over ``base``, the median of the ratios step by step."""
+    ratios = [a / b for a, b in zip(base.seconds[WARMUP:], run.seconds[WARMUP:], strict=True)]
+    return {
+        "model": f"{options.layers} layers of {options.width}, batch {options.batch}, {options.dtype}",
+        "library": run.name,
+        "steps": options.steps,
+        "ms": run.step_seconds * 1e3,
+        "speedup": statistics.median(ratios),
+        "loss": run.losses[-1],
+        "peak_bytes": peak_bytes,
+        **harness.provenance(options.device),
+    }
 
 
 def parse(argv) -> argparse.Namespace:
@@ -169,7 +197,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help=f"sequences of {CONTEXT} bytes")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="16 bits: under autocast")
-    parser.add_argument("--compile", action="store_true", help="torch.compile both models")
+    parser.add_argument("--compile", action="store_true", help="run both compiled as well")
+    parser.add_argument("--record", action="store_true", help="append the table to benchmarks/results/<device>/")
     parser.add_argument("--data", help="a file to read in place of the standard library")
     parser.add_argument("--out", default="benchmarks/out/train_gpt.png", type=Path, help="the picture")
     options = parser.parse_args(argv)
@@ -193,11 +222,12 @@ def main(argv=None) -> int:
         window = text[starts[:, None] + torch.arange(CONTEXT + 1)].long().to(options.device)
         return window[:, :-1], window[:, 1:]
 
-    runs = [Run(name, options) for name in LIBRARIES]
+    names = [*LIBRARIES, *(name + COMPILED for name in LIBRARIES if options.compile)]
+    runs = [Run(name, options) for name in names]
     parameters = sum(p.numel() for p in runs[0].model.parameters())
     console.print(
         f"A GPT of {parameters / 1e6:.1f}M parameters on {len(text) / 1e6:.1f} MB of text; torch {torch.__version__}, "
-        f"{options.device}, {options.dtype}{', compiled' if options.compile else ''}, {torch.get_num_threads()} threads"
+        f"{options.device}, {options.dtype}, {torch.get_num_threads()} threads"
     )
     columns = (
         TextColumn("training"),
@@ -214,22 +244,21 @@ def main(argv=None) -> int:
                 run.step(*tokens)
             progress.update(task, advance=1, loss="  ".join(f"{r.name} {r.losses[-1]:.4f}" for r in runs))
 
-    tokens = options.batch * CONTEXT
-    table = Table("", "last loss", "tokens/s", "ms a step", "speedup")
-    for run in runs:
-        ratios = [a / b for a, b in zip(runs[0].seconds[WARMUP:], run.seconds[WARMUP:], strict=True)]
-        table.add_row(
-            run.name,
-            f"{run.losses[-1]:.4f}",
-            f"{tokens / run.step_seconds:.0f}",
-            f"{run.step_seconds * 1e3:.1f}",
-            f"{statistics.median(ratios):.2f}x",
-        )
+    found = [row(run, runs[0], options, run.peak_bytes(batch())) for run in runs]
+    table = Table("", "last loss", "tokens/s", "ms a step", "speedup", "peak memory")
+    for r in found:
+        tokens = f"{options.batch * CONTEXT / r['ms'] * 1e3:.0f}"
+        memory = f"{r['peak_bytes'] / 1e6:.0f} MB"
+        table.add_row(r["library"], f"{r['loss']:.4f}", tokens, f"{r['ms']:.1f}", f"{r['speedup']:.2f}x", memory)
     console.print(table)
+    if options.record:
+        path = harness.folder(options.device) / "train_gpt.csv"
+        harness.append(found, path)
+        console.print(f"Appended to {path}")
     picture(runs, [run.profile([batch() for _ in range(3)]) for run in runs], options.out)
     console.print(f"The loss curves, and where a step's time goes: {options.out}")
 
-    apart = max(abs(a - b) for a, b in zip(*(r.losses for r in runs), strict=True))
+    apart = max(max(step) - min(step) for step in zip(*(r.losses for r in runs), strict=True))
     tolerance = TOLERANCE[options.dtype]
     equal = apart <= tolerance
     console.print(f"The losses {'agree' if equal else 'DIFFER'}: at most {apart:.1e} apart, {tolerance:g} allowed")

@@ -12,6 +12,7 @@
 
 #include <optional>
 #include <type_traits>
+#include <utility>
 
 namespace nnfast {
 
@@ -22,7 +23,27 @@ using torch::autograd::variable_list;
 template <class T>
 struct OpNode : torch::autograd::CppNode<T> {
   std::string name() const override { return T::name; }
+  // The engine says so right before the last backward through this node.
+  void will_release_variables() override { last() = this; }
+
+  static OpNode*& last() {
+    static thread_local OpNode* node = nullptr;
+    return node;
+  }
 };
+
+// Whether this is the last backward through the node of ctx. Then what it saved is let go: a saved tensor that the
+// caller has got from it before is the caller's alone, unless somebody else holds it. To be asked first of all.
+template <class T>
+bool let_go(AutogradContext* ctx) {
+  auto* const node = std::exchange(OpNode<T>::last(), nullptr);
+  if (!node || &node->ctx_ != ctx) return false;
+  node->ctx_.save_for_backward({});
+  node->save_variables_to_ctx();
+  return true;
+}
+
+inline bool held_by_nobody_else(const at::Tensor& t) { return t.use_count() == 1 && t.storage().use_count() == 1; }
 
 // T has a name, and backward(ctx, grads), which gives one gradient for each of `inputs`, undefined where none is
 // wanted: ctx->needs_input_grad(i) is false for an input that is not there or needs none. grads of unused outputs are

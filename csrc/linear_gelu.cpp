@@ -22,6 +22,10 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def(
       "linear_gelu_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor pre, *, str approximate='none',"
       " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+  // The same, and pre may be overwritten: no memory is then taken for its gradient.
+  m.def(
+      "linear_gelu_backward_(Tensor grad_out, Tensor input, Tensor weight, Tensor(a!) pre, *, str approximate='none',"
+      " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
 Tensor gelu(const Tensor& self, c10::string_view approximate) {
@@ -44,6 +48,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
     const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
     std::array<bool, 3> output_mask) {
   static const auto op = find_op<decltype(linear_gelu_backward)>("linear_gelu_backward");
+  return op.call(grad_out, input, weight, pre, approximate, output_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
+    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
+    std::array<bool, 3> output_mask) {
+  static const auto op = find_op<decltype(linear_gelu_backward_)>("linear_gelu_backward_");
   return op.call(grad_out, input, weight, pre, approximate, output_mask);
 }
 
@@ -150,9 +161,13 @@ struct LinearGelu {
 
   // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
+    const bool last = let_go<LinearGelu>(ctx);
+    const NotRecorded guard;
     const auto &input = saved[0], &weight = saved[1], &pre = saved[2];
+    // Torch's own graph frees the pre-activation before the products are taken; here its memory takes its gradient.
+    const bool overwrite = last && !at::GradMode::is_enabled() && !grads[1].defined() && held_by_nobody_else(pre);
+    const auto linear_gelu_backward = overwrite ? nnfast::linear_gelu_backward_ : nnfast::linear_gelu_backward;
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     variable_list out(3);
     if (grads[0].defined())
@@ -204,6 +219,8 @@ std::tuple<Tensor, Tensor> linear_gelu_autocast(
 
 }  // namespace
 
+// Where a backend has no way to overwrite pre.
+TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) { m.impl("linear_gelu_backward_", linear_gelu_backward); }
 TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
   m.impl("gelu", gelu_meta);
   m.impl("gelu_backward", gelu_backward_meta);

@@ -69,6 +69,9 @@ std::tuple<Tensor, Tensor> linear_gelu(
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
     const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
     std::array<bool, 3> output_mask);
+std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
+    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
+    std::array<bool, 3> output_mask);
 void adamw_(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,

@@ -1,4 +1,7 @@
-"""``python -m nnfast``: what runs here, and which kernel serves each op on each device, and why."""
+"""``python -m nnfast``: what runs here, and which kernel serves each op on each device, and why.
+
+``python -m nnfast bench --op layer_norm --shape 4096,768 --dtype bf16``: how fast, on this machine.
+"""
 
 import platform
 import sys
@@ -28,17 +31,24 @@ def serves(device: str) -> tuple[str, str]:
     return "torch", why_not
 
 
+def print_table(table: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
 def main() -> int:
+    if sys.argv[1:2] == ["bench"]:
+        from nnfast.benchmarks import cli
+
+        return cli.main(sys.argv[2:])
     print(f"nnfast {nnfast.__version__}   torch {torch.__version__}   Python {platform.python_version()}")
     print(f"CPU     torch uses {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"GPU     {gpu}")
     print(f"native  {'loaded' if backend.native else backend.why_not}")
     print()
-    table = [("op", "device", "served by", "because"), *rows()]
-    widths = [max(len(row[i]) for row in table) for i in range(3)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, [*widths, 0], strict=True)).rstrip())
+    print_table([("op", "device", "served by", "because"), *rows()])
     return 0
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What an op must have, by its stem, and the layers that are still to come for some.
-ROOMS = ["csrc/{}.cpp", "csrc/cpu/{}.cpp", "csrc/cpu/{}.h", "tests/test_{}.py"]
+ROOMS = ["csrc/{}.cpp", "csrc/cpu/{}.cpp", "csrc/cpu/{}.h", "tests/test_{}.py", "benchmarks/bench_{}.py"]
 
 
 def stems():

@@ -82,11 +82,11 @@ Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   return output;
 }
 
-// grad_pre = grad_out gelu'(pre) and, where wanted, its sum over the rows.
-std::tuple<Tensor, RowSums> gelu_grad(
-    const Tensor& grad_out, const Tensor& pre, int64_t size, c10::string_view approximate, bool want_bias) {
+// grad_pre = grad_out gelu'(pre) and, where wanted, its sum over the rows. grad_pre may be pre.
+RowSums gelu_grad(
+    const Tensor& grad_pre, const Tensor& grad_out, const Tensor& pre, int64_t size, c10::string_view approximate,
+    bool want_bias) {
   const Tensor grad = grad_out.contiguous(), x = pre.contiguous();
-  Tensor grad_pre = empty(pre.sizes(), pre.scalar_type());
   const int64_t rows = size ? pre.numel() / size : 0, threads = row_threads(rows, size);
   RowSums grad_bias(want_bias, threads, size, pre);
   const GeluBackward b{cpu_dtype(pre),        approximate == "tanh", size,
@@ -100,12 +100,14 @@ std::tuple<Tensor, RowSums> gelu_grad(
     at::parallel_for(0, rows, row_grain(size), [&](int64_t begin, int64_t end) {
       cpu_kernels()->gelu_backward(b, nullptr, begin, end);
     });
-  return {grad_pre, grad_bias};
+  return grad_bias;
 }
 
 Tensor gelu_backward_cpu(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
-  return std::get<0>(gelu_grad(grad_output, self, 1, approximate, false));
+  Tensor grad_input = empty(self.sizes(), self.scalar_type());
+  gelu_grad(grad_input, grad_output, self, 1, approximate, false);
+  return grad_input;
 }
 
 // How much of the product is computed before its GELU is taken: as much as stays in the cache till then.
@@ -138,12 +140,14 @@ std::tuple<Tensor, Tensor> linear_gelu_cpu(
   return {output, pre};
 }
 
+template <bool overwrite>
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_cpu(
     const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
     std::array<bool, 3> output_mask) {
   check(covers_linear_gelu(input, weight, std::nullopt, approximate));
   const int64_t out = weight.size(0), in = weight.size(1);
-  const auto [grad_pre, grad_bias] = gelu_grad(grad_out, pre, out, approximate, output_mask[2]);
+  const Tensor grad_pre = overwrite && pre.is_contiguous() ? pre : empty(pre.sizes(), pre.scalar_type());
+  const RowSums grad_bias = gelu_grad(grad_pre, grad_out, pre, out, approximate, output_mask[2]);
   const Tensor d = grad_pre.view({-1, out});
   return {
       output_mask[0] ? gemm(d, weight.t()).view(input.sizes()) : Tensor(),
@@ -156,7 +160,8 @@ TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
   m.impl("gelu", gelu_cpu);
   m.impl("gelu_backward", gelu_backward_cpu);
   m.impl("linear_gelu", linear_gelu_cpu);
-  m.impl("linear_gelu_backward", linear_gelu_backward_cpu);
+  m.impl("linear_gelu_backward", linear_gelu_backward_cpu<false>);
+  m.impl("linear_gelu_backward_", linear_gelu_backward_cpu<true>);
 }
 
 }  // namespace nnfast

@@ -1,0 +1,259 @@
+"""Tables and pictures from the newest run in every benchmarks/results/<device>/.
+
+python benchmarks/report.py    writes results/<device>/README.md and its pictures, and the README's table of speeds
+"""
+
+import csv
+import math
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+MARKS = ("<!-- speeds: written by benchmarks/report.py -->", "<!-- end of speeds -->")
+OPS = {"layer_norm": "LayerNorm", "linear_gelu": "Linear+GELU", "adamw": "AdamW"}
+TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward", "step": "a step"}
+
+
+def number(text: str) -> float | None:
+    return float(text) if text else None
+
+
+def load(path: Path) -> list[list[dict]]:
+    """The rows of a results file, run by run, the newest first."""
+    if not path.exists():
+        return []
+    runs: dict[str, list[dict]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            runs.setdefault(row["run"], []).append(row)
+    return [runs[run] for run in sorted(runs, reverse=True)]
+
+
+def key(row: dict) -> tuple[str, ...]:
+    return tuple(row[k] for k in ("shape", "model", "dtype", "variant", "direction", "provider", "backend"))
+
+
+def ours(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["provider"].startswith("nnfast")]
+
+
+def size(row: dict) -> tuple[int, ...]:
+    return tuple(int(n) for n in row["shape"].split("x"))
+
+
+# ---- tables ----
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines))
+
+
+def speed(row: dict | None) -> str:
+    """1.93 (1.90-1.97); a cell where a peer is faster is bold."""
+    if row is None:
+        return ""
+    if not row["ms"]:
+        return f"**{row['note']}**"
+    value = number(row["speedup"])
+    text = f"{value:.2f} ({number(row['speedup_low']):.2f}-{number(row['speedup_high']):.2f})"
+    return text if value >= 1 else f"**{text}**"
+
+
+def table(rows: list[dict]) -> str:
+    """Speedups over the best peer: a line a shape and option, a column a dtype and direction."""
+    columns = list(dict.fromkeys((row["dtype"], row["direction"]) for row in rows))
+    lines: dict[tuple, dict] = {}
+    for row in ours(rows):
+        name = row["provider"].removeprefix("nnfast").strip()
+        line = (row["shape"], " ".join(filter(None, (row["model"], row["variant"], name, row["backend"]))))
+        lines.setdefault(line, {})[row["dtype"], row["direction"]] = row
+    header = ["shape", "", *(f"{dtype} {TITLES[direction]}" for dtype, direction in columns)]
+    return markdown(header, [[*line, *(speed(cells.get(c)) for c in columns)] for line, cells in lines.items()])
+
+
+def summary(rows: list[dict]) -> list[list[str]]:
+    """Per dtype and direction: the range and the middle of the speedups, and how many cells are lost."""
+    found = []
+    for dtype, direction in dict.fromkeys((row["dtype"], row["direction"]) for row in rows):
+        cells = [r for r in ours(rows) if (r["dtype"], r["direction"]) == (dtype, direction) and r["speedup"]]
+        if not cells:
+            continue
+        ratios = [number(r["speedup"]) for r in cells]
+        lost = [r for r in cells if number(r["speedup"]) < 1]
+        found.append(
+            [
+                dtype,
+                TITLES[direction],
+                f"{statistics.median(ratios):.2f}x",
+                f"{min(ratios):.2f}x",
+                f"{max(ratios):.2f}x",
+            ]
+            + [f"{len(lost)} of {len(cells)}" + "".join(f"; {r['shape']} {r['variant']}".rstrip() for r in lost[:3])]
+        )
+    return found
+
+
+def agreement(runs: list[list[dict]]) -> str:
+    """How far the newest two runs lie apart, beside the spread that they state."""
+    if len(runs) < 2:
+        return "One run so far."
+    before = {key(row): row for row in ours(runs[1]) if row["speedup"]}
+    pairs = [(row, before[key(row)]) for row in ours(runs[0]) if row["speedup"] and key(row) in before]
+    if not pairs:
+        return "The last two runs have no cell in common."
+    apart = [abs(math.log(number(a["speedup"]) / number(b["speedup"]))) for a, b in pairs]
+    overlap = sum(
+        number(a["speedup_low"]) <= number(b["speedup_high"]) and number(b["speedup_low"]) <= number(a["speedup_high"])
+        for a, b in pairs
+    )
+    return (
+        f"Two runs ({runs[0][0]['run']} and {runs[1][0]['run']}): in half of the {len(pairs)} cells the speedups lie "
+        f"within {math.expm1(statistics.median(apart)):.1%} of each other, in nine of ten within "
+        f"{math.expm1(statistics.quantiles(apart, n=10)[-1]):.1%}; the quartiles overlap in {overlap}."
+    )
+
+
+# ---- pictures ----
+
+
+def of_ceiling_over_size(rows: list[dict], path: Path) -> None:
+    """LayerNorm's fraction of a copy's speed over the row's length, at the largest number of rows of each."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    for axis, direction in zip(axes, ("forward", "backward"), strict=True):
+        largest = max(size(r)[0] for r in rows if r["model"] == "grid")
+        for dtype in dict.fromkeys(r["dtype"] for r in rows):
+            for provider, style in (("nnfast", "-o"), ("torch", ":x")):
+                points = sorted(
+                    (size(r)[1], number(r["of_ceiling"]))
+                    for r in rows
+                    if (r["dtype"], r["direction"], r["provider"]) == (dtype, direction, provider)
+                    and size(r)[0] == largest and r["of_ceiling"]
+                )  # fmt: skip
+                axis.plot(*zip(*points, strict=True), style, label=f"{provider} {dtype}") if points else None
+        axis.set(xscale="log", xlabel=f"row length, {largest} rows", title=f"LayerNorm {direction}", ylim=0)
+        axis.axhline(1, color="grey", linewidth=0.8)
+    axes[0].set_ylabel("part of a same-size copy's speed")
+    axes[1].legend(fontsize=8) if axes[1].lines[:-1] else None
+    save(figure, path)
+
+
+def heat_map(op: str, rows: list[dict], path: Path) -> None:
+    """Speedup over the best peer, a line a shape, a column a dtype and direction; white is as fast, blue is faster."""
+    rows = [r for r in rows if r["provider"] == "nnfast" and r["speedup"]]
+    lines = list(dict.fromkeys((r["shape"], r["model"], r["variant"]) for r in rows))
+    columns = list(dict.fromkeys((r["dtype"], r["direction"]) for r in rows))
+    value = {(r["shape"], r["model"], r["variant"], r["dtype"], r["direction"]): number(r["speedup"]) for r in rows}
+    grid = [[value.get((*line, *column), math.nan) for column in columns] for line in lines]
+    figure, axis = plt.subplots(figsize=(2.4 + 0.85 * len(columns), 1.2 + 0.27 * len(lines)))
+    axis.imshow([[math.log2(v) for v in line] for line in grid], cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
+    for y, line in enumerate(grid):
+        for x, v in enumerate(line):
+            axis.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=7) if v == v else None
+    axis.set_xticks(range(len(columns)), [f"{dtype}\n{direction}" for dtype, direction in columns], fontsize=7)
+    axis.set_yticks(range(len(lines)), [" ".join(filter(None, line)) for line in lines], fontsize=7)
+    axis.set_title(f"{OPS[op]}: times as fast as the best peer", fontsize=9)
+    save(figure, path)
+
+
+def step_bars(rows: list[dict], path: Path) -> None:
+    """The whole training step: a bar a library and model."""
+    figure, axis = plt.subplots(figsize=(8, 3.6))
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    libraries = list(dict.fromkeys(r["library"] for r in rows))
+    width = 0.8 / len(libraries)
+    for i, library in enumerate(libraries):
+        times = {r["model"]: r for r in rows if r["library"] == library}
+        places = [models.index(m) + i * width for m in times]
+        bars = axis.bar(places, [number(r["ms"]) for r in times.values()], width, label=library)
+        axis.bar_label(bars, [f"{number(r['speedup']):.2f}x" for r in times.values()], fontsize=8)
+    axis.set_xticks([i + 0.4 - width / 2 for i in range(len(models))], models, fontsize=8)
+    axis.set(ylabel="ms a step", title="benchmarks/train_gpt.py: the same model, data and losses")
+    axis.legend()
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+# ---- the pages ----
+
+
+def newest_step_rows(folder: Path) -> list[dict]:
+    """The newest row of each model and library."""
+    newest = {}
+    for run in reversed(load(folder / "train_gpt.csv")):
+        newest |= {(row["model"], row["library"]): row for row in run}
+    return list(newest.values())
+
+
+def step_table(rows: list[dict]) -> str:
+    header = ["model", "library", "ms a step", "speedup", "last loss", "peak memory"]
+    return markdown(header, [
+        [r["model"], r["library"], f"{number(r['ms']):.1f}", f"{number(r['speedup']):.2f}x", f"{number(r['loss']):.4f}",
+         f"{number(r['peak_bytes']) / 1e6:.0f} MB"]
+        for r in rows
+    ])  # fmt: skip
+
+
+SUMMARY = ["op", "dtype", "", "middle", "least", "most", "cells where a peer is faster"]
+
+
+def page(folder: Path) -> tuple[str, str]:
+    """Write a device's page and pictures. Returns the machine, and the table for the README."""
+    machine, sections, lines = "", [], []
+    for op, title in OPS.items():
+        runs = load(folder / f"{op}.csv")
+        if not runs:
+            continue
+        rows = runs[0]
+        machine = rows[0]["device"]
+        heat_map(op, rows, folder / f"{op}.png")
+        pictures = [f"![speedups of {title}]({op}.png)"]
+        if op == "layer_norm":
+            of_ceiling_over_size(rows, folder / "layer_norm_ceiling.png")
+            pictures.append("![LayerNorm beside a copy](layer_norm_ceiling.png)")
+        lines += [[title, *line] for line in summary(rows)]
+        sections.append(
+            f"## {title}\n\n{rows[0]['run']}, {rows[0]['versions']}, commit {rows[0]['commit']}. {agreement(runs)}\n\n"
+            + "\n\n".join(pictures)
+            + f"\n\n{table(rows)}\n"
+        )
+    if steps := newest_step_rows(folder):
+        step_bars(steps, folder / "train_gpt.png")
+        sections.insert(0, f"## A whole training step\n\n![step times](train_gpt.png)\n\n{step_table(steps)}\n")
+    text = (
+        f"# {machine}\n\nWritten by `python benchmarks/report.py` from the CSV files beside it. A number is how many "
+        "times as fast as the best peer in the same run, the median of laps in which the providers take turns, with "
+        "its quartiles; a cell where a peer is faster is bold.\n\n"
+    )
+    (folder / "README.md").write_text(text + "\n".join(sections))
+    overview = markdown(SUMMARY, lines)
+    if steps:
+        overview = f"{step_table(steps)}\n\n{overview}"
+    return machine, f"**{machine}** ([every cell](benchmarks/results/{folder.name}/README.md))\n\n{overview}"
+
+
+def main() -> int:
+    folders = sorted(path.parent for path in (HERE / "results").glob("*/layer_norm.csv"))
+    if not folders:
+        print("report: no results yet; make bench writes them", file=sys.stderr)
+        return 1
+    found = [page(folder)[1] for folder in folders]
+    head, rest = README.read_text().split(MARKS[0])
+    README.write_text(f"{head}{MARKS[0]}\n\n" + "\n\n".join(found) + f"\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    print(*(f"written: {folder / 'README.md'}" for folder in folders), f"written: {README}", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
