@@ -11,6 +11,7 @@ from common import DTYPES, assert_close, double, layouts, rms
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 from nnfast import reference
+from nnfast.benchmarks.harness import peak_memory
 
 APPROXIMATE = ("none", "tanh")
 
@@ -343,3 +344,37 @@ def test_transformer_encoder_layer():
             torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
         stacked = torch.nn.TransformerEncoder(ours, 2)
         assert all(isinstance(m, nn.TransformerEncoderLayer) for m in stacked.layers) and stacked(x).shape == x.shape
+
+
+def test_the_pre_activation_is_overwritten_only_where_nobody_sees_it():
+    """The last backward puts the pre-activation's gradient in its place, unless a user, a hook or a graph has it."""
+    x, w, b = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in ((64, 96), (2048, 96), (2048,)))
+    grad = torch.randn(64, 2048, dtype=torch.double)
+    expected = torch.autograd.grad(TF.gelu(TF.linear(x, w, b)), (x, w, b), grad)
+
+    def check(output, **options):
+        for got, want in zip(torch.autograd.grad(output, (x, w, b), grad, **options), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+    op = torch.ops.nnfast.linear_gelu
+    output, pre = op(x, w, b)
+    before = pre.clone()
+    check(output)
+    assert torch.equal(pre, before)
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        output = op(x, w, b)[0]
+    before = [t.clone() for t in kept]
+    check(output)
+    assert kept and all(map(torch.equal, kept, before))
+
+    output = op(x, w, b)[0]
+    check(output, retain_graph=True)
+    check(output)
+
+    def peak(**options):
+        output = op(x, w, b)[0]
+        return peak_memory(lambda: torch.autograd.grad(output, (x, w, b), grad, **options), "cpu")
+
+    assert peak() <= peak(retain_graph=True) - pre.nbytes
