@@ -1,5 +1,6 @@
 # make demo    the main job: a small GPT trained with torch and with nnfast, side by side
 # make test    the tests
+# make fuzz    20,000 random cases an op, against float64; the tests hold a slice of it
 # make lint    formatting and lint, as CI checks them; make format mends them
 #
 # Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
@@ -14,13 +15,16 @@ INSTALLED := build/installed-$(subst /,-,$(PYTHON))
 CLANG_FORMAT = $(PYTHON) -c "import clang_format; clang_format.clang_format()"
 PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint format clean
+.PHONY: demo test fuzz lint format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest
+
+fuzz: $(INSTALLED)
+	$(PYTHON) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
