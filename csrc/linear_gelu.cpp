@@ -61,6 +61,8 @@ bool covers_linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
   if (!covers_gelu(input, approximate) || weight.dim() != 2 || input.dim() < 1) return false;
   if (input.size(-1) != weight.size(1) || weight.device() != input.device()) return false;
+  // Without features there is no telling rows from a number of elements.
+  if (weight.numel() == 0) return false;
   if (defined(bias) && (bias->dim() != 1 || bias->size(0) != weight.size(0) || bias->device() != input.device()))
     return false;
   // One dtype, or any that autocast will bring to one: it leaves float64 alone.
@@ -149,7 +151,8 @@ struct LinearGelu {
   static constexpr bool is_traceable = false;
 
   // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+  // Ours alone are the gradients that nobody else holds, and the backward op may then write over them.
+  static variable_list backward(AutogradContext* ctx, variable_list& grads) {
     const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
     const auto &input = saved[0], &weight = saved[1], &pre = saved[2];

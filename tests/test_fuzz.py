@@ -48,20 +48,22 @@ def bar(request):
         return
     from rich.progress import MofNCompleteColumn, Progress
 
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
-            tasks = {}
+    tasks, capture = {}, request.config.pluginmanager.getplugin("capturemanager")
+    with (
+        capture.global_and_fixture_disabled(),
+        Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress,
+    ):
 
-            def one_more(name):
-                if name not in tasks:
-                    tasks[name] = progress.add_task(name, total=settings.default.max_examples)
-                progress.advance(tasks[name])
+        def one_more(name):
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=settings.default.max_examples)
+            progress.advance(tasks[name])
 
-            yield one_more
+        yield one_more
 
 
 def outcome(function, leaves, grad_mode, grad_layout):
-    """Output, then a gradient or None for each leaf; or the error."""
+    """Output, then a gradient or None for each leaf; or the error; or None where the backward alone raises."""
     with contextlib.nullcontext() if grad_mode else torch.no_grad():
         try:
             output = function()
@@ -70,15 +72,26 @@ def outcome(function, leaves, grad_mode, grad_layout):
     if not output.requires_grad:
         return [output] + [None] * len(leaves)
     wanted = [t for t in leaves if t is not None and t.requires_grad]
-    grads = dict(zip(map(id, wanted), torch.autograd.grad(output, wanted, grad_layout(output)), strict=True))
+    try:
+        grads = torch.autograd.grad(output, wanted, grad_layout(output))
+    except RuntimeError:
+        return None
+    grads = dict(zip(map(id, wanted), grads, strict=True))
     return [output] + [grads.get(id(t)) for t in leaves]
+
+
+def strides(t):
+    """Those that lead somewhere."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and t.numel()]
 
 
 def check(ours, torchs, exact, scales):
     if isinstance(torchs, tuple):
         assert ours == torchs
         return
-    assert ours[0].requires_grad == torchs[0].requires_grad and ours[0].stride() == torchs[0].stride()
+    if torchs is None:  # such as bfloat16 with a float bias and no weight
+        return
+    assert ours[0].requires_grad == torchs[0].requires_grad and strides(ours[0]) == strides(torchs[0])
     for a, b, true, scale in zip(ours, torchs, exact, scales, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -131,7 +144,8 @@ def test_layer_norm(data, bar):
     dims = tuple(range(-len(inner), 0))
     with torch.no_grad():
         x64, g64, w64 = double(x), g.double(), 1.0 if w is None else w.double()
-        rstd = (x64.var(dims, correction=0, keepdim=True) + eps).rsqrt()
+        centred = x64 - x64.mean(dims, keepdim=True)
+        rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
         reach = x64.abs().amax(dims, keepdim=True) * rstd if x64.numel() else x64  # of x and mean, before they cancel
         each = (g64 * w64).abs()
         mean = each.mean(dims, keepdim=True) if x64.numel() else each

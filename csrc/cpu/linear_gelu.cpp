@@ -71,10 +71,9 @@ void gelu_elements(const Gelu& f, int64_t count) {
 
 Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
-  // The output lies as the input does where that has no gaps, in rows where it has.
-  const bool dense = self.is_non_overlapping_and_dense();
-  Tensor output = dense && !self.is_contiguous() ? at::empty_like(self) : empty(self.sizes(), self.scalar_type());
-  const Tensor input = dense ? self : self.contiguous();
+  // The output's dimensions follow each other in memory as the input's do, without its gaps.
+  const Tensor input = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
+  Tensor output = input.is_contiguous() ? empty(self.sizes(), self.scalar_type()) : at::empty_like(input);
   gelu_elements(
       {cpu_dtype(self), approximate == "tanh", input.const_data_ptr(), output.mutable_data_ptr(), nullptr,
        may_stream(output, 2 * output.nbytes())},
@@ -82,11 +81,19 @@ Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   return output;
 }
 
-// grad_pre = grad_out gelu'(pre) and, where wanted, its sum over the rows.
+// Whether nobody will read t again: what autograd hands to the only node that wants it, as AccumulateGrad sees it.
+bool is_ours_alone(const Tensor& t) {
+  return !at::GradMode::is_enabled() && t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1 &&
+         t.is_contiguous();
+}
+
+// grad_pre = grad_out gelu'(pre) and, where wanted, its sum over the rows. Written over grad_out where that may be:
+// three wide activations at once would be one more than torch holds while it multiplies.
 std::tuple<Tensor, RowSums> gelu_grad(
     const Tensor& grad_out, const Tensor& pre, int64_t size, c10::string_view approximate, bool want_bias) {
+  const bool over = is_ours_alone(grad_out);
   const Tensor grad = grad_out.contiguous(), x = pre.contiguous();
-  Tensor grad_pre = empty(pre.sizes(), pre.scalar_type());
+  Tensor grad_pre = over ? grad : empty(pre.sizes(), pre.scalar_type());
   const int64_t rows = size ? pre.numel() / size : 0, threads = row_threads(rows, size);
   RowSums grad_bias(want_bias, threads, size, pre);
   const GeluBackward b{cpu_dtype(pre),        approximate == "tanh", size,
