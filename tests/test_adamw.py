@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from common import DTYPES, HALF, assert_close, rms
+from common import DTYPES, HALF, assert_close, available_memory, rms
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import optim_error_inputs_func_adamw
 
@@ -320,6 +320,51 @@ def test_old_checkpoints():
     again.load_state_dict(copy.deepcopy(state))
     again.step()
     assert again.state[p]["step"] == 3 and again.state[p]["step"].dtype == torch.float32
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_steps_in_16_bits_are_counted_in_float():
+    """A2, A3: bfloat16 cannot count past 256; neither the step nor a loaded checkpoint may be in it."""
+    p = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = optim.AdamW([p], lr=1e-3)
+    for _ in range(258):
+        optimizer.step()
+    again = optim.AdamW([p])
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.step()
+    assert again.state[p]["step"] == 259 and again.state[p]["step"].dtype == torch.float32
+
+
+def test_named_parameters_and_hooks_of_the_state_dict():
+    """A3, A4: names travel, and each hook fires once, as torch's."""
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        torch.manual_seed(1)
+        model, fired = torch.nn.Linear(3, 2), []
+        optimizer = kind([{"params": [(n, p)], "lr": 0.1} for n, p in model.named_parameters()])
+        optimizer.register_state_dict_pre_hook(lambda *_, fired=fired: fired.append("pre"))
+        optimizer.register_state_dict_post_hook(lambda *_, fired=fired: fired.append("post") and None)
+        optimizer.register_load_state_dict_pre_hook(lambda *_, fired=fired: fired.append("load pre") and None)
+        optimizer.register_load_state_dict_post_hook(lambda *_, fired=fired: fired.append("load post"))
+        for _ in range(2):
+            model(torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        results.append((optimizer.state_dict(), fired))
+    assert results[0][0]["param_groups"] == results[1][0]["param_groups"]
+    assert results[0][0]["param_groups"][0]["param_names"] == ["weight"] and results[0][1] == results[1][1]
+    torch.testing.assert_close(results[0][0]["state"], results[1][0]["state"])
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.skipif(available_memory() < 40e9, reason="takes 18 GB")
+def test_more_elements_than_31_bits_count():
+    """A7: sizes and offsets are 64 bits wide."""
+    p = torch.ones(2**31 + 5, dtype=torch.bfloat16).requires_grad_()
+    p.grad = torch.ones_like(p)
+    optim.AdamW([p], lr=0.5).step()
+    assert p[0] < 0.75 and (p[-8:] == p[0]).all()
 
 
 def test_pickle_and_deepcopy():

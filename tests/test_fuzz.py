@@ -255,10 +255,19 @@ def test_adamw(data, bar):
             beta2=options["betas"][1], weight_decay=options["weight_decay"], eps=options["eps"],
             maximize=options["maximize"],
         )  # fmt: skip
-        # The size of the terms that were added, and the least that the dtype can tell apart.
-        p64, g64 = largest(p.double()), largest(g.double())
-        tiny = torch.finfo(dtype).tiny
-        scales = [max(p64, largest(true[0]), tiny), max(g64, largest(m), tiny), max(g64 * g64, largest(v), tiny), tiny]
+        # The size of the terms, in units of the precision of the arithmetic: the moving average's two; some eight
+        # roundings that lead to the update (assert_close allows two of one); and the least that the dtype can tell.
+        beta1, beta2 = options["betas"]
+        finer = 1.0 if dtype == torch.float64 else torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+        average = m.abs() + g.double().abs()
+        deviation = true[2 + options["amsgrad"]].sqrt() / (1 - beta2 ** (steps[i] + 1)) ** 0.5 + options["eps"]
+        update = options["lr"] / (1 - beta1 ** (steps[i] + 1)) * average / deviation
+        terms = [
+            largest(p.double()) + 4 * largest(update),
+            largest(average),
+            *(2 * largest(t) for t in true[2:] if t is not None),
+        ]
+        scales = [largest(t) + finer * extra + torch.finfo(dtype).tiny for t, extra in zip(true, terms, strict=False)]
         for a, b, t, scale in zip((ours[0], *ours[2:]), (torchs[0], *torchs[2:]), true, scales, strict=False):
             assert_close(a, b, t, scale=scale)
     bar("adamw")
