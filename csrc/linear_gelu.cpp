@@ -107,8 +107,8 @@ struct Gelu {
   static constexpr bool is_traceable = false;
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
+    const NotRecorded guard;
     if (!grads[0].defined()) return {Tensor()};
     return {nnfast::gelu_backward(grads[0], saved[0], Tanh ? "tanh" : "none")};
   }
@@ -153,8 +153,8 @@ struct LinearGelu {
   // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
   // Ours alone are the gradients that nobody else holds, and the backward op may then write over them.
   static variable_list backward(AutogradContext* ctx, variable_list& grads) {
-    const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
+    const NotRecorded guard;
     const auto &input = saved[0], &weight = saved[1], &pre = saved[2];
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     variable_list out(3);
