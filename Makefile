@@ -1,6 +1,8 @@
 # make demo    the main job: a small GPT trained with torch and with nnfast, side by side
 # make test    the tests
 # make bench   every benchmark on this CPU, its table, report and pictures; make bench-gpu the same on a GPU
+# make fuzz    20,000 random cases an op, against float64; the tests hold a slice of it
+# make sanitize  the ops' tests, and a slice of the random cases, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint    formatting and lint, as CI checks them; make format mends them
 #
 # Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
@@ -15,7 +17,7 @@ INSTALLED := build/installed-$(subst /,-,$(PYTHON))
 CLANG_FORMAT = $(PYTHON) -c "import clang_format; clang_format.clang_format()"
 PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test bench bench-gpu lint format clean
+.PHONY: demo test bench bench-gpu fuzz sanitize lint format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
@@ -37,6 +39,23 @@ bench-gpu: $(INSTALLED)
 	$(GPT) --layers 24 --width 1024 --batch 64
 	$(GPT) --layers 36 --width 1280 --batch 32
 	$(PYTHON) benchmarks/report.py
+
+fuzz: $(INSTALLED)
+	$(PYTHON) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
+
+# The sanitized build is a package of its own, which goes before the installed one on Python's path.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZED := build/sanitize
+sanitize: $(INSTALLED)
+	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PYTHON) setup.py --quiet build --build-base $(SANITIZED) \
+		--build-lib $(SANITIZED)/lib
+	for capability in avx2 avx512; do \
+		ATEN_CPU_CAPABILITY=$$capability ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(PYTHON) -c "import sys; sys.path[0] = '$(SANITIZED)/lib'; import nnfast, pytest; \
+			assert '$(SANITIZED)' in nnfast.__file__; sys.exit(pytest.main(sys.argv[1:]))" -q \
+			tests/test_layer_norm.py tests/test_linear_gelu.py tests/test_adamw.py tests/test_fuzz.py || exit 1; \
+	done
 
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .

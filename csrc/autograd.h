@@ -32,15 +32,20 @@ struct OpNode : torch::autograd::CppNode<T> {
   }
 };
 
-// Whether this is the last backward through the node of ctx. Then what it saved is let go: a saved tensor that the
-// caller has got from it before is the caller's alone, unless somebody else holds it. To be asked first of all.
+// The node of ctx if this is the last backward through it, null otherwise. To be asked first of all, on the thread that
+// runs the backward.
 template <class T>
-bool let_go(AutogradContext* ctx) {
+OpNode<T>* last_backward(const AutogradContext* ctx) {
   auto* const node = std::exchange(OpNode<T>::last(), nullptr);
-  if (!node || &node->ctx_ != ctx) return false;
-  node->ctx_.save_for_backward({});
-  node->save_variables_to_ctx();
-  return true;
+  return node && &node->ctx_ == ctx ? node : nullptr;
+}
+
+// What the node saved goes: a saved tensor that was got from it before is then the caller's alone, unless somebody else
+// holds it.
+template <class T>
+void let_go(OpNode<T>& node) {
+  node.ctx_.save_for_backward({});
+  node.save_variables_to_ctx();
 }
 
 inline bool held_by_nobody_else(const at::Tensor& t) { return t.use_count() == 1 && t.storage().use_count() == 1; }
@@ -75,7 +80,8 @@ void record(const Node& node, at::ArrayRef<at::Tensor> outputs, variable_list sa
 }
 
 // Around the call of a backward op: while nobody differentiates the backward itself, the op is called below autograd at
-// once, a tenth of a microsecond sooner.
+// once, a tenth of a microsecond sooner. To be made after the saved tensors have been asked for: unpacking one may run
+// any code, such as the forward once more under checkpointing, which must be recorded.
 class NotRecorded {
  public:
   NotRecorded() {

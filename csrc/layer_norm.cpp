@@ -97,8 +97,8 @@ struct LayerNorm {
   static constexpr bool is_traceable = false;
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
+    const NotRecorded guard;
     const auto &input = saved[0], &stats = saved[1], &weight = saved[2], &bias = saved[3];
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
     auto [grad_input, grad_weight, grad_bias] = layer_norm_backward(

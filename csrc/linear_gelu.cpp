@@ -72,6 +72,8 @@ bool covers_linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
   if (!covers_gelu(input, approximate) || weight.dim() != 2 || input.dim() < 1) return false;
   if (input.size(-1) != weight.size(1) || weight.device() != input.device()) return false;
+  // Without features there is no telling rows from a number of elements.
+  if (weight.numel() == 0) return false;
   if (defined(bias) && (bias->dim() != 1 || bias->size(0) != weight.size(0) || bias->device() != input.device()))
     return false;
   // One dtype, or any that autocast will bring to one: it leaves float64 alone.
@@ -116,8 +118,8 @@ struct Gelu {
   static constexpr bool is_traceable = false;
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const NotRecorded guard;
     const auto saved = ctx->get_saved_variables();
+    const NotRecorded guard;
     if (!grads[0].defined()) return {Tensor()};
     return {nnfast::gelu_backward(grads[0], saved[0], Tanh ? "tanh" : "none")};
   }
@@ -161,8 +163,9 @@ struct LinearGelu {
 
   // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto* const last = last_backward<LinearGelu>(ctx);
     const auto saved = ctx->get_saved_variables();
-    const bool last = let_go<LinearGelu>(ctx);
+    if (last) let_go(*last);
     const NotRecorded guard;
     const auto &input = saved[0], &weight = saved[1], &pre = saved[2];
     // Torch's own graph frees the pre-activation before the products are taken; here its memory takes its gradient.

@@ -7,6 +7,7 @@
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/object_ptr.h>
 #include <torch/library.h>
 
 #include <vector>
@@ -174,6 +175,7 @@ class Borrowed {
 
 struct AdamWGroup {
   Borrowed params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps;
+  Borrowed sharded;  // the parameters that are DTensors: of them, params holds the shards
   int64_t elements = 0;
   double lr, beta1, beta2, weight_decay, eps;
   bool maximize;
@@ -183,6 +185,7 @@ struct AdamWGroup {
     adamw_(
         params.tensors(), grads.tensors(), exp_avgs.tensors(), exp_avg_sqs.tensors(), max_exp_avg_sqs.tensors(),
         state_steps.tensors(), lr, beta1, beta2, weight_decay, eps, maximize, grad_scale, found_inf);
+    for (const auto& t : sharded.tensors()) t.unsafeGetTensorImpl()->bump_version();
   }
 };
 
@@ -242,6 +245,44 @@ bool number(PyObject* o, double& out) {
   return true;
 }
 
+// A tensor of exactly torch's type DTensor. Where nobody has imported that, there is none.
+bool is_dtensor(PyObject* o) {
+  static PyObject* const name = interned("torch.distributed.tensor");
+  static PyObject* type = nullptr;
+  if (!type) {
+    THPObjectPtr module(PyImport_GetModule(name));
+    if (module) type = PyObject_GetAttrString(module, "DTensor");
+    if (!type) return PyErr_Clear(), false;
+  }
+  return (PyObject*)Py_TYPE(o) == type;
+}
+
+// Whether a DTensor holds values, and not a sum that is still to be taken over the devices.
+bool is_whole(PyObject* dtensor) {
+  THPObjectPtr placements(PyObject_GetAttrString(dtensor, "placements"));
+  if (!placements || !PyTuple_Check(placements.get())) return PyErr_Clear(), false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(placements.get()); ++i) {
+    THPObjectPtr partial(PyObject_CallMethod(PyTuple_GET_ITEM(placements.get(), i), "is_partial", nullptr));
+    if (partial.get() != Py_False) return PyErr_Clear(), false;
+  }
+  return true;
+}
+
+// The part of a DTensor that lies here, where it is cut as `like` is; null otherwise. The DTensor holds it.
+const Tensor* shard(PyObject* o, PyObject* like) {
+  static PyObject* const k_local = interned("_local_tensor");
+  static PyObject* const k_layout[] = {interned("device_mesh"), interned("placements")};
+  if (!is_dtensor(o)) return nullptr;
+  for (PyObject* k : k_layout) {
+    if (o == like) break;
+    THPObjectPtr a(PyObject_GetAttr(o, k)), b(PyObject_GetAttr(like, k));
+    if (!a || !b || PyObject_RichCompareBool(a, b, Py_EQ) != 1) return PyErr_Clear(), nullptr;
+  }
+  THPObjectPtr local(PyObject_GetAttr(o, k_local));
+  if (!local || !is_plain(local)) return PyErr_Clear(), nullptr;
+  return &THPVariable_Unpack(local.get());
+}
+
 // Everything the update needs, read afresh: nothing is kept from step to step, so nothing can be out of date.
 bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
   static PyObject* const k_params = interned("params");
@@ -281,25 +322,39 @@ bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
   const Tensor none;
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* p = PyList_GET_ITEM(params, i);
-    if (!is_plain(p)) return false;
-    const Tensor &param = THPVariable_Unpack(p), &grad = param.grad();
-    if (!grad.defined()) continue;
+    const bool plain = is_plain(p);
+    if (!plain && !is_dtensor(p)) return false;
+    const Tensor &whole = THPVariable_Unpack(p), &whole_grad = whole.grad();
+    if (!whole_grad.defined()) continue;
+    // The update goes element by element: where parameter, gradient and moments are cut alike, shard by shard.
+    const Tensor *param = &whole, *grad = &whole_grad;
+    if (!plain) {
+      THPObjectPtr g(THPVariable_Wrap(whole_grad));
+      if (!is_whole(p) || !(param = shard(p, p)) || !(grad = shard(g, p))) return false;
+      out.sharded.add(whole);
+    }
     PyObject *s = state.of(p), *values[4];
     if (!s) return false;
     const size_t count = amsgrad ? 4 : 3;
     look_up(s, k_state, count, values);
-    for (size_t k = 0; k < count; ++k)
-      if (!values[k] || !is_plain(values[k]) || !ordinary(THPVariable_Unpack(values[k]))) return false;
-    const Tensor &step = THPVariable_Unpack(values[0]), &exp_avg = THPVariable_Unpack(values[1]),
-                 &exp_avg_sq = THPVariable_Unpack(values[2]), &top = amsgrad ? THPVariable_Unpack(values[3]) : none;
-    if (!ordinary(param) || !ordinary(grad) || !covers_adamw(param, grad, exp_avg, exp_avg_sq, top, step)) return false;
-    out.params.add(param);
-    out.grads.add(grad);
-    out.exp_avgs.add(exp_avg);
-    out.exp_avg_sqs.add(exp_avg_sq);
-    out.state_steps.add(step);
-    if (amsgrad) out.max_exp_avg_sqs.add(top);
-    out.elements += param.numel();
+    const Tensor* state_of_p[4] = {nullptr, nullptr, nullptr, &none};
+    for (size_t k = 0; k < count; ++k) {
+      PyObject* o = values[k];
+      if (!o) return false;
+      const bool as_is = plain || k == 0;  // the step is never cut
+      state_of_p[k] = !as_is ? shard(o, p) : is_plain(o) ? &THPVariable_Unpack(o) : nullptr;
+      if (!state_of_p[k] || !ordinary(*state_of_p[k])) return false;
+    }
+    const auto [step, exp_avg, exp_avg_sq, top] = state_of_p;
+    if (!ordinary(*param) || !ordinary(*grad) || !covers_adamw(*param, *grad, *exp_avg, *exp_avg_sq, *top, *step))
+      return false;
+    out.params.add(*param);
+    out.grads.add(*grad);
+    out.exp_avgs.add(*exp_avg);
+    out.exp_avg_sqs.add(*exp_avg_sq);
+    out.state_steps.add(*step);
+    if (amsgrad) out.max_exp_avg_sqs.add(*top);
+    out.elements += param->numel();
   }
   return true;
 }

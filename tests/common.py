@@ -1,5 +1,7 @@
 """What the tests of the ops share: dtypes, awkward layouts, and how close is close enough."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,8 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
         "one element expanded": t.flatten()[:1].view([1] * t.dim()).expand_as(t),
         **offsets,
     }
+
+
+def available_memory() -> int:
+    """Bytes that the system has free."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

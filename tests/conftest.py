@@ -3,6 +3,19 @@
 import pytest
 import torch
 import torch.utils.deterministic
+from hypothesis import HealthCheck, settings
+
+# What test_fuzz.py does in the suite, and in `make fuzz`. The fixture below need not run for each case of a test.
+settings.register_profile(
+    "suite",
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=20000, derandomize=False)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

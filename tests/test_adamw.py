@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from common import DTYPES, HALF, assert_close, rms
+from common import DTYPES, HALF, assert_close, available_memory, rms
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import optim_error_inputs_func_adamw
 
@@ -190,6 +190,94 @@ def test_sparse_gradient_is_refused_before_anything_changes():
     assert torch.equal(good, before) and optimizer.state[good]["step"].item() == steps
 
 
+def broken_shapes(optimizer, p):
+    for key in ("exp_avg", "exp_avg_sq"):
+        optimizer.state[p][key] = torch.zeros(7)
+
+
+def tensor_lr_with_foreach(optimizer, p):
+    optimizer.param_groups[1].update(lr=torch.tensor(0.1), foreach=True)
+
+
+def no_betas(optimizer, p):
+    del optimizer.param_groups[1]["betas"]
+
+
+def sparse_gradient(optimizer, p):
+    p.grad = torch.ones(3).to_sparse()
+
+
+@pytest.mark.parametrize("spoil", [broken_shapes, tensor_lr_with_foreach, no_betas, sparse_gradient])
+def test_nothing_is_half_done(spoil):
+    """A11: a fault in the second group is torch's error, and the first group is as it was."""
+    said = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        good, bad = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        good.grad, bad.grad = torch.ones(3), torch.ones(3)
+        optimizer = kind([{"params": [good]}, {"params": [bad]}], lr=0.1)
+        optimizer.step()
+        spoil(optimizer, bad)
+        before = copy.deepcopy([good, bad, [*optimizer.state[good].values()], [*optimizer.state[bad].values()]])
+        with pytest.raises(Exception) as error:
+            optimizer.step()
+        said.append((type(error.value), str(error.value)))
+        if kind is optim.AdamW:
+            after = [good, bad, [*optimizer.state[good].values()], [*optimizer.state[bad].values()]]
+            torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert said[0] == said[1]
+
+
+def test_bad_checkpoints_change_nothing():
+    """A3, A11: truncated or foreign, torch's error, and the optimizer as it was."""
+    params, grads = sample_inputs(torch.float32, [(4,), (2, 3)], steps=2)
+    good = train(optim.AdamW, params, grads)[1].state_dict()
+    groups = good["param_groups"]
+    bad = {
+        "nothing": {},
+        "no groups": {"state": good["state"]},
+        "no state": {"param_groups": groups},
+        "another number of groups": {"state": good["state"], "param_groups": groups * 2},
+        "another number of parameters": {"state": good["state"], "param_groups": [{**groups[0], "params": [0]}]},
+        "a group without parameters": {"state": {}, "param_groups": [{"lr": 0.1}]},
+        "a state that is a list": {"state": [1, 2], "param_groups": groups},
+        "a model's": {"weight": torch.ones(3)},
+    }
+    for name, state in bad.items():
+        said = []
+        for kind in (optim.AdamW, torch.optim.AdamW):
+            _, optimizer = train(kind, params, grads, lr=0.1)
+            before = copy.deepcopy(optimizer.state_dict())
+            with pytest.raises(Exception) as error:
+                optimizer.load_state_dict(copy.deepcopy(state))
+            said.append((type(error.value), str(error.value)))
+            after = optimizer.state_dict()
+            assert after["param_groups"] == before["param_groups"], name
+            torch.testing.assert_close(after["state"], before["state"], rtol=0, atol=0, msg=name)
+            optimizer.step()
+        assert said[0] == said[1], name
+    file = io.BytesIO()
+    torch.save(good, file)
+    with pytest.raises((RuntimeError, EOFError, pickle.UnpicklingError)):
+        torch.load(io.BytesIO(file.getvalue()[:-100]), weights_only=True)
+
+
+def test_a_checkpoint_of_another_optimizer():
+    """A3, A11: torch loads SGD's; the step then raises as torch's does, and changes no parameter."""
+    p = torch.ones(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    sgd = torch.optim.SGD([p], lr=0.1, momentum=0.9)
+    sgd.step()
+    said, before = [], p.detach().clone()
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        optimizer = kind([p])
+        with pytest.raises(Exception) as error:
+            optimizer.load_state_dict(sgd.state_dict())
+            optimizer.step()
+        said.append((type(error.value), str(error.value)))
+        assert torch.equal(p, before)
+    assert said[0] == said[1]
+
+
 def test_signature_and_groups():
     """A1, A2."""
     p = torch.zeros(3, requires_grad=True)
@@ -232,6 +320,51 @@ def test_old_checkpoints():
     again.load_state_dict(copy.deepcopy(state))
     again.step()
     assert again.state[p]["step"] == 3 and again.state[p]["step"].dtype == torch.float32
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_steps_in_16_bits_are_counted_in_float():
+    """A2, A3: bfloat16 cannot count past 256; neither the step nor a loaded checkpoint may be in it."""
+    p = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = optim.AdamW([p], lr=1e-3)
+    for _ in range(258):
+        optimizer.step()
+    again = optim.AdamW([p])
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.step()
+    assert again.state[p]["step"] == 259 and again.state[p]["step"].dtype == torch.float32
+
+
+def test_named_parameters_and_hooks_of_the_state_dict():
+    """A3, A4: names travel, and each hook fires once, as torch's."""
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        torch.manual_seed(1)
+        model, fired = torch.nn.Linear(3, 2), []
+        optimizer = kind([{"params": [(n, p)], "lr": 0.1} for n, p in model.named_parameters()])
+        optimizer.register_state_dict_pre_hook(lambda *_, fired=fired: fired.append("pre"))
+        optimizer.register_state_dict_post_hook(lambda *_, fired=fired: fired.append("post") and None)
+        optimizer.register_load_state_dict_pre_hook(lambda *_, fired=fired: fired.append("load pre") and None)
+        optimizer.register_load_state_dict_post_hook(lambda *_, fired=fired: fired.append("load post"))
+        for _ in range(2):
+            model(torch.ones(4, 3)).sum().backward()
+            optimizer.step()
+            optimizer.load_state_dict(optimizer.state_dict())
+        results.append((optimizer.state_dict(), fired))
+    assert results[0][0]["param_groups"] == results[1][0]["param_groups"]
+    assert results[0][0]["param_groups"][0]["param_names"] == ["weight"] and results[0][1] == results[1][1]
+    torch.testing.assert_close(results[0][0]["state"], results[1][0]["state"])
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.skipif(available_memory() < 40e9, reason="takes 18 GB")
+def test_more_elements_than_31_bits_count():
+    """A7: sizes and offsets are 64 bits wide."""
+    p = torch.ones(2**31 + 5, dtype=torch.bfloat16).requires_grad_()
+    p.grad = torch.ones_like(p)
+    optim.AdamW([p], lr=0.5).step()
+    assert p[0] < 0.75 and (p[-8:] == p[0]).all()
 
 
 def test_pickle_and_deepcopy():

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, HALF, assert_close, double, layouts, rms
+from common import DTYPES, HALF, assert_close, available_memory, double, layouts, rms
+from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import nnfast.nn as nn
 import nnfast.nn.functional as F
@@ -213,6 +214,43 @@ def test_empty_batch(dtype):
         output.sum().backward()
         assert output.shape == shape and args[0].grad.shape == shape
         assert args[2].grad.eq(0).all() and args[3].grad.eq(0).all()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_the_gradient_that_comes_in_is_left_alone():
+    """L9: it is not written over."""
+    x, grad_out = torch.randn(40, 64).requires_grad_(), torch.randn(40, 64)
+    before = grad_out.clone()
+    F.layer_norm(x, (64,)).backward(grad_out)
+    assert torch.equal(grad_out, before) and grad_out._version == 0
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_more_rows_than_16_bits_count():
+    """L4, L6."""
+    x, w = torch.randn(70000, 3).requires_grad_(), torch.randn(3).requires_grad_()
+    compare((x, (3,), w, None, 1e-5), torch.randn(70000, 3), "70000 rows")
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.skipif(available_memory() < 10e9, reason="takes 4.3 GB")
+def test_more_elements_than_31_bits_count():
+    """L4: offsets are 64 bits wide. The input is one row, expanded."""
+    torch.use_deterministic_algorithms(False)  # which would fill the output first
+    row = torch.randn(1, 4096).bfloat16()
+    output = F.layer_norm(row.expand(2**19 + 3, 4096), (4096,))
+    assert output.numel() > 2**31 and torch.equal(output[-3:], output[:1].expand(3, 4096))
+    assert torch.equal(output[:1], F.layer_norm(row, (4096,)))
+
+
+def test_per_sample_gradients():
+    """L8: of ExpandedWeights, which stand in for the parameters."""
+    m, x = nn.LayerNorm(6), torch.randn(4, 3, 6)
+    torch.nn.init.normal_(m.weight)
+    call_for_per_sample_grads(m)(x).sum().backward()
+    for i in range(4):
+        expected = torch.autograd.grad(m(x[i]).sum(), [*m.parameters()])
+        torch.testing.assert_close([p.grad_sample[i] for p in m.parameters()], [*expected])
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12, -0.5, 10.0])

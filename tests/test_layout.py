@@ -1,6 +1,9 @@
 """The house: every op has its stem in every layer, so that one `git ls-files '*layer_norm*'` shows its whole room."""
 
+import platform
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,3 +44,45 @@ def test_no_torch_in_kernel_files():
     for path in kernels:
         includes = re.findall(r'#include [<"](.+?)[>"]', path.read_text())
         assert not [i for i in includes if i.startswith(("ATen", "torch", "c10"))], path
+
+
+@pytest.fixture(scope="module")
+def kernel_objects(tmp_path_factory):
+    """The objects of the instruction sets, as they were built or as setup.py would build them, by instruction set."""
+    sources = sorted((ROOT / "csrc/cpu").glob("avx*.cpp"))
+    built = {s.stem: max(ROOT.glob(f"build/temp*/csrc/cpu/{s.stem}.o"), default=None) for s in sources}
+    if not all(built.values()):
+        if not (compiler := shutil.which("c++")):
+            pytest.skip("no C++ compiler here, and no objects from a build")
+        folder = tmp_path_factory.mktemp("objects")
+        for source in sources:
+            built[source.stem] = folder / f"{source.stem}.o"
+            flags = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden"]
+            subprocess.run([compiler, *flags, "-c", source, "-o", built[source.stem]], check=True)
+    return built
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not shutil.which("nm"), reason="nm lists an x86-64 object here")
+def test_no_function_leaks_from_an_instruction_set(kernel_objects):
+    """A shared inline function compiled for AVX-512 could be the copy that the linker keeps for every CPU."""
+    assert len(kernel_objects) == 3
+    for name, path in kernel_objects.items():
+        listed = subprocess.run(["nm", "-C", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        functions = re.findall(r"^\w+ [TWuV] (.+)$", listed, re.MULTILINE)
+        assert functions, path
+        assert not [f for f in functions if f"nnfast::{name}::" not in f and not f.startswith("DW.ref.")], path
+
+
+def test_every_row_of_the_contract_has_its_tests():
+    """The map in README.md is whole, and every test that it names is there."""
+    lines = [line for line in (ROOT / "tests/README.md").read_text().splitlines() if line.startswith("| ")]
+    mapped = {row for line in lines for row in re.findall(r"\b[LGA]\d+\b", line.split("|")[1])}
+    assert mapped == {f"{op}{i}" for op, count in (("L", 11), ("G", 7), ("A", 11)) for i in range(1, count + 1)}
+    file = None
+    for line in lines:
+        where = re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", line.split("|")[-2])
+        assert where or line.endswith("| where |"), line
+        for path, test in where:
+            file = path or file
+            text = (ROOT / "tests" / file).read_text()
+            assert not test or re.search(rf"^def {test}\(", text, re.MULTILINE), f"{file}::{test}"

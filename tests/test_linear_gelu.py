@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from common import DTYPES, assert_close, double, layouts, rms
+from torch.utils.checkpoint import checkpoint
 
 import nnfast.nn as nn
 import nnfast.nn.functional as F
@@ -151,6 +152,86 @@ def test_only_the_gradients_that_are_wanted():
 
 
 @pytest.mark.usefixtures("cpu_kernels")
+def test_a_gradient_that_somebody_holds_is_left_alone():
+    """The backward writes over grad_out where it alone has it, and nowhere else."""
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((6, 10), (7, 10), (7,)))
+    expected = torch.autograd.grad(torchs_linear_gelu(x, w, b, "none"), (x, w, b), torch.ones(6, 7))
+
+    def gradients(through, **kwargs):
+        y = F.linear_gelu(x, w, b)
+        return torch.autograd.grad(through(y), (x, w, b), **kwargs)
+
+    mine = torch.ones(6, 7)
+    seen, kept = [], []
+    for _ in range(2):
+        torch.testing.assert_close(gradients(lambda y: y, grad_outputs=mine), expected)
+    assert mine.eq(1).all() and mine._version == 0
+
+    def hooked(y):
+        y.register_hook(seen.append)
+        return (y * 1.0).sum()
+
+    def twice(y):  # one gradient for two
+        kept.append(y * 1)
+        kept[0].retain_grad()
+        return kept[0].sum() + 0 * y.sum()
+
+    def viewed(y):
+        return (y.view(-1) * torch.ones(42)).sum()
+
+    def expanded(y):
+        return y.sum()
+
+    for through in (hooked, twice, viewed, expanded):
+        torch.testing.assert_close(gradients(through), expected)
+    assert seen[0].eq(1).all() and kept[0].grad.eq(1).all()
+    y = F.linear_gelu(x, w, b)
+    loss = (y * torch.ones(6, 7)).sum()
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(loss, (x, w, b), retain_graph=True), expected)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_modes_tied_weights_and_checkpointing():
+    """G6: no_grad, inference_mode, train and eval; one weight used twice; recomputation under checkpointing."""
+    ours, theirs = (
+        lib.Sequential(lib.LayerNorm(9), lib.Linear(9, 9), lib.GELU(), lib.Linear(9, 9), lib.GELU())
+        for lib in (nn, torch.nn)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    for model in (ours, theirs):
+        model[3].weight = model[1].weight
+    x = torch.randn(5, 9)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            output = ours.eval()(x)
+            torch.testing.assert_close(output, theirs.eval()(x))
+            assert not output.requires_grad and output.is_inference() == (mode is torch.inference_mode)
+    for reentrant in (None, True, False):
+        grads = []
+        for model in (ours.train(), theirs.train()):
+            model.zero_grad()
+            leaf = x.clone().requires_grad_()
+            output = model(leaf) if reentrant is None else checkpoint(model, leaf, use_reentrant=reentrant)
+            output.square().sum().backward()
+            grads.append([leaf.grad, *(p.grad for p in model.parameters())])
+        assert len(grads[0]) == len(grads[1]) == 6, "the tied weight counts once"
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_precision_of_float32_products(precision):
+    """G2: where the user lets them be less precise, torch decides how."""
+    x, w = torch.randn(256, 256), torch.randn(256, 256)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        torch.testing.assert_close(F.linear_gelu(x, w), torchs_linear_gelu(x, w, None, "none"), rtol=1e-5, atol=1e-4)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
 def test_saves_the_input_and_the_pre_activation_alone():
     saved = []
     x, w, b = torch.randn(6, 10).requires_grad_(), torch.randn(7, 10).requires_grad_(), torch.randn(7).requires_grad_()
@@ -168,7 +249,16 @@ def test_empty_batch(dtype):
     output = F.linear_gelu(x, w, b)
     output.sum().backward()
     assert output.shape == (0, 3) and x.grad.shape == (0, 5) and w.grad.eq(0).all() and b.grad.eq(0).all()
-    assert F.gelu(x).shape == (0, 5)
+
+
+@pytest.mark.parametrize("features, out", [(0, 3), (5, 0), (0, 0)])
+def test_no_features(features, out):
+    """G1: torch serves."""
+    args = [torch.ones(s, requires_grad=True) for s in ((2, features), (out, features), (out,))]
+    ours, torchs = (f(*args, "none") for f in (F.linear_gelu, torchs_linear_gelu))
+    torch.testing.assert_close(ours, torchs)
+    ours.sum().backward()
+    assert all(t.grad.shape == t.shape for t in args)
 
 
 def test_errors_are_torchs():

@@ -71,10 +71,9 @@ void gelu_elements(const Gelu& f, int64_t count) {
 
 Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
-  // The output lies as the input does where that has no gaps, in rows where it has.
-  const bool dense = self.is_non_overlapping_and_dense();
-  Tensor output = dense && !self.is_contiguous() ? at::empty_like(self) : empty(self.sizes(), self.scalar_type());
-  const Tensor input = dense ? self : self.contiguous();
+  // The output's dimensions follow each other in memory as the input's do, without its gaps.
+  const Tensor input = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
+  Tensor output = input.is_contiguous() ? empty(self.sizes(), self.scalar_type()) : at::empty_like(input);
   gelu_elements(
       {cpu_dtype(self), approximate == "tanh", input.const_data_ptr(), output.mutable_data_ptr(), nullptr,
        may_stream(output, 2 * output.nbytes())},

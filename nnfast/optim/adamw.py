@@ -1,4 +1,5 @@
 import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw as adamw
@@ -29,8 +30,8 @@ class AdamW(torch.optim.AdamW):
         p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     Parameters, gradients and moments share a dtype (float32, float64, bfloat16, float16); the arithmetic is in
-    float32, or float64 for float64. Whatever the kernels do not cover (complex, sparse, capturable, differentiable,
-    a device without kernels, ...) goes through torch's own code.
+    float32, or float64 for float64. Of a DTensor (FSDP2) the local shard is stepped. Whatever the kernels do not
+    cover (complex, sparse, capturable, differentiable, a device without kernels, ...) goes through torch's own code.
     """
 
     @_use_grad_for_differentiable
@@ -59,25 +60,34 @@ class AdamW(torch.optim.AdamW):
         gathered = []
         for group in self.param_groups:
             lists = [], [], [], [], [], []
-            has_complex = self._init_group(group, *lists)
-            gathered.append((group, lists, has_complex))
+            beta1, beta2 = group["betas"]
+            options = {
+                "has_complex": self._init_group(group, *lists),
+                "beta1": beta1,
+                "beta2": beta2,
+                "grad_scale": getattr(self, "grad_scale", None),
+                "found_inf": getattr(self, "found_inf", None),
+                **{name: group[name] for name in _ADAM_OPTIONS},
+            }
+            gathered.append((group, lists, options))
         if not is_compiling():
             if self._native_step(self.param_groups):
                 return
+            for _, lists, options in gathered:
+                if _refused(lists, options):
+                    adam(*([t.detach().clone() for t in tensors] for tensors in lists), **options)  # torch's error
             torch_serves("AdamW.step")
-        for group, lists, has_complex in gathered:
-            if not is_compiling() and self._native_step([group]):
-                continue
-            beta1, beta2 = group["betas"]
-            adam(
-                *lists,
-                has_complex=has_complex,
-                beta1=beta1,
-                beta2=beta2,
-                grad_scale=getattr(self, "grad_scale", None),
-                found_inf=getattr(self, "found_inf", None),
-                **{name: group[name] for name in _ADAM_OPTIONS},
-            )
+        for group, lists, options in gathered:
+            if is_compiling() or not self._native_step([group]):
+                adam(*lists, **options)
+
+
+def _refused(lists, options) -> bool:
+    """Whether torch's update will raise, some of it in the middle: a checkpoint of another model has other shapes."""
+    params, _, *moments, _ = lists
+    if options["foreach"] and not options["capturable"] and isinstance(options["lr"], Tensor):
+        return True
+    return any(p.shape != m.shape for kind in moments for p, m in zip(params, kind, strict=False))
 
 
 _ADAM_OPTIONS = (

@@ -1,0 +1,210 @@
+"""torch's own databases of inputs, run over ours beside torch's: op_db, module_db and optim_db.
+
+What they hold differs a little between versions of torch, so it is asked for by name and all of it is run.
+"""
+
+import copy
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from common import DTYPES, assert_close, double
+from test_adamw import exact, train
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import module_db
+from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
+from torch.utils._pytree import tree_map
+
+import nnfast.nn as nn
+import nnfast.nn.functional as F
+import nnfast.optim as optim
+from nnfast import reference
+
+OPS = {op.name: op for op in op_db if not op.variant_test_name}
+MODULES = {info.module_cls: info for info in module_db}
+(ADAMW,) = (info for info in optim_db if info.optim_cls is torch.optim.AdamW)
+
+
+def torchs_linear_gelu(input, weight, bias=None):
+    return TF.gelu(TF.linear(input, weight, bias))
+
+
+def layer_norm_formula(input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    return reference.layer_norm(input, normalized_shape, weight, bias, eps)
+
+
+# The database's name, ours, torch's, the formula.
+FUNCTIONS = [
+    ("nn.functional.layer_norm", F.layer_norm, TF.layer_norm, layer_norm_formula),
+    ("native_layer_norm", F.layer_norm, TF.layer_norm, layer_norm_formula),
+    ("nn.functional.gelu", F.gelu, TF.gelu, reference.gelu),
+    ("nn.functional.linear", F.linear_gelu, torchs_linear_gelu, reference.linear_gelu),
+]
+names = [f[0] for f in FUNCTIONS]
+
+
+def tensors(*trees):
+    """Every tensor in the arguments that requires a gradient."""
+    found = []
+    tree_map(lambda t: found.append(t) if isinstance(t, torch.Tensor) and t.requires_grad else None, trees)
+    return found
+
+
+def outcome(call):
+    """What a call gives: a tensor, or the error it raises."""
+    try:
+        return call()
+    except Exception as e:
+        return type(e), str(e)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name, ours, theirs, formula", FUNCTIONS, ids=names)
+def test_samples_of_an_op(name, ours, theirs, formula, dtype):
+    """L4, L5, L6, G1: each sample's output and gradients, against float64 and beside torch's."""
+    count = 0
+    for sample in OPS[name].reference_inputs("cpu", dtype, requires_grad=True):
+        args, kwargs = (sample.input, *sample.args), sample.kwargs
+        assert ours(*args, **kwargs).stride() == theirs(*args, **kwargs).stride()
+        true_args, true_kwargs = tree_map(lambda t: double(t) if isinstance(t, torch.Tensor) else t, (args, kwargs))
+        results = []
+        for f, a, k in ((ours, args, kwargs), (theirs, args, kwargs), (formula, true_args, true_kwargs)):
+            output = f(*a, **k)
+            torch.manual_seed(count)
+            grad = torch.randn(output.shape, dtype=torch.float64).to(dtype).to(output.dtype)
+            results.append([output, *torch.autograd.grad(output, tensors(a, k), grad)])
+        for a, b, true in zip(*results, strict=True):
+            scale = max((t.detach().abs().max().item() for t in tensors(true_args) if t.numel()), default=0.0)
+            assert_close(a, b, true, str(sample), scale)
+        count += 1
+    assert count > 1
+
+
+@pytest.mark.parametrize("name, ours, theirs, _", [f for f in FUNCTIONS if OPS[f[0]].error_inputs_func])
+def test_errors_of_an_op(name, ours, theirs, _):
+    """L3, G1: type and text are torch's."""
+    for error in OPS[name].error_inputs("cpu"):
+        sample = error.sample_input
+        said = [
+            outcome(lambda f=f, sample=sample: f(sample.input, *sample.args, **sample.kwargs)) for f in (ours, theirs)
+        ]
+        assert said[0] == said[1] and isinstance(said[0], tuple), sample
+
+
+class LinearThenGELU(torch.nn.Linear):
+    def forward(self, input):
+        return TF.gelu(super().forward(input))
+
+
+def encoder_of(layer):
+    def make(*args, **kwargs):
+        encoder = torch.nn.TransformerEncoder(*args, **kwargs)
+        for child in encoder.layers:
+            child.__class__ = layer
+        return encoder
+
+    return make
+
+
+# The database's class, ours, torch's.
+CLASSES = [
+    (torch.nn.LayerNorm, nn.LayerNorm, torch.nn.LayerNorm),
+    (torch.nn.GELU, nn.GELU, torch.nn.GELU),
+    (torch.nn.Linear, nn.LinearGELU, LinearThenGELU),
+    (torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),
+    (torch.nn.TransformerEncoder, encoder_of(nn.TransformerEncoderLayer), torch.nn.TransformerEncoder),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind, ours, theirs", CLASSES, ids=lambda c: getattr(c, "__name__", ""))
+def test_inputs_of_a_module(kind, ours, theirs, training):
+    """L1, L2, L4, G1, G6: constructed, run forward and backward, copied, as torch's."""
+    info, dtype = MODULES[kind], torch.float32 if training else torch.float64
+    for sample in info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training):
+        construct, forward = sample.constructor_input, sample.forward_input
+        if forward is None:
+            continue
+        results = []
+        for make in (ours, theirs):
+            torch.manual_seed(3)
+            module = make(*construct.args, **construct.kwargs).to(dtype).train(training)
+            state, leaves = module.state_dict(), [*module.parameters(), *tensors(forward.args, forward.kwargs)]
+            again = copy.deepcopy(module)
+            output = module(*forward.args, **forward.kwargs)
+            grads = torch.autograd.grad(output.square().sum(), leaves, allow_unused=True)
+            results.append((list(state), list(state.values()), output, again(*forward.args, **forward.kwargs), grads))
+        assert results[0][0] == results[1][0]
+        torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
+        torch.testing.assert_close(results[0][2:4], results[1][2:4])
+        for a, b in zip(results[0][4], results[1][4], strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# differentiable=True takes no leaves: test_adamw.py::test_differentiable.
+IMPLEMENTATIONS = [{}, *({flag: True} for flag in ADAMW.supported_impls if flag != "differentiable")]
+
+
+@pytest.mark.parametrize("flags", IMPLEMENTATIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_inputs_of_adamw(dtype, flags):
+    """A1, A2, A6: every configuration, with every implementation that torch has."""
+    shapes = [(10, 5), (), (3,), (0, 2)]
+    params = [torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes]
+    grads = [[torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes] for _ in range(5)]
+    for config in ADAMW.optim_inputs_func("cpu", dtype):
+        options = {**config.kwargs, **flags}
+        ours, optimizer = train(optim.AdamW, params, grads, **options)
+        torchs, theirs = train(torch.optim.AdamW, params, grads, **options)
+        assert optimizer.state_dict()["param_groups"] == theirs.state_dict()["param_groups"], config.desc
+        numbers = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in config.kwargs.items()}
+        for p, q, true in zip(ours, torchs, exact(params, grads, **numbers), strict=True):
+            assert_close(p, q, true, config.desc)
+            assert {k: v.dtype for k, v in optimizer.state[p].items()} == {
+                k: v.dtype for k, v in theirs.state[q].items()
+            }
+
+
+def test_errors_of_adamw_at_the_step():
+    """A1, A11: whatever torch's database says raises, in the constructor or at the step, raises the same here."""
+    for error in ADAMW.optim_error_inputs_func("cpu", torch.float32):
+        given, said = error.optimizer_error_input, []
+        for kind in (optim.AdamW, torch.optim.AdamW):
+            p = torch.ones(2, requires_grad=True)
+            p.grad = torch.ones(2)
+
+            def run(kind=kind, p=p, given=given, error=error):
+                optimizer = kind([p] if given.params is None else copy.copy(given.params), **given.kwargs)
+                if error.error_on is OptimizerErrorEnum.STEP_ERROR:
+                    optimizer.step()
+
+            with pytest.warns() if error.error_type is UserWarning else pytest.raises(error.error_type) as caught:
+                run()
+            said.append(str(caught[0].message) if error.error_type is UserWarning else str(caught.value))
+            assert (p == 1).all()
+        assert said[0] == said[1], given.desc
+
+
+SCHEDULERS = [make for group in ADAMW.scheduler_inputs for make in group]
+
+
+@pytest.mark.parametrize("index", range(len(SCHEDULERS)))
+def test_schedulers_of_adamw(index):
+    """A4: torch's list of schedulers for AdamW."""
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        p = torch.ones(4, requires_grad=True)
+        optimizer = kind([{"params": [p], "weight_decay": 0.1}], lr=0.1)
+        scheduler = SCHEDULERS[index](optimizer)
+        metric = {"metrics": 1.0} if "metrics" in inspect.signature(scheduler.step).parameters else {}
+        for _ in range(30):
+            p.grad = p.detach() + 1
+            optimizer.step()
+            scheduler.step(**metric)
+        results.append((p.detach(), torch.tensor(optimizer.param_groups[0]["lr"])))
+    torch.testing.assert_close(*results)
+    assert results[0][1] < 0.1

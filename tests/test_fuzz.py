@@ -1,0 +1,273 @@
+"""Random cases of the three ops against float64: shapes with 0 and 1, any strides and offsets, masks, options.
+
+`make test` runs a slice that is the same each time; `make fuzz` runs 20,000 new cases an op (conftest.py).
+"""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from common import DTYPES, assert_close, double
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nnfast.nn.functional as F
+import nnfast.optim as optim
+from nnfast import reference
+
+SIZES = st.one_of(st.integers(0, 5), st.sampled_from([7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 257]))
+FEW = st.sampled_from([1, 2, 3, 0, 4, 5])
+SEEDS = st.integers(0, 2**31)
+
+
+@st.composite
+def layouts(draw, shape, gaps=True, overlap=True):
+    """A function that makes a tensor of `shape` from values: dimensions in any order, apart, expanded, at an offset."""
+    order = draw(st.permutations(range(len(shape))))
+    steps = [draw(st.sampled_from([1, 1, 1, 2])) if gaps else 1 for _ in shape]
+    expanded = [overlap and draw(st.sampled_from([False] * 7 + [True])) for _ in shape]
+    offset = draw(st.integers(0, 7))
+    sizes = [1 if e else s * k for s, k, e in zip(shape, steps, expanded, strict=True)]
+
+    def make(dtype, scale=1.0, shift=0.0):
+        flat = torch.full((offset + torch.Size(sizes).numel(),), float("nan"), dtype=dtype)
+        t = flat[offset:].view([sizes[d] for d in order]).permute([order.index(d) for d in range(len(shape))])
+        t = t[tuple(slice(None, None, 1 if e else k) for k, e in zip(steps, expanded, strict=True))]
+        t.copy_(torch.randn(t.shape, dtype=torch.float64) * scale + shift)
+        return t.expand(shape)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def bar(request):
+    """One more case done: a progress bar, where there are many to do."""
+    if settings.default.max_examples < 1000:
+        yield lambda name: None
+        return
+    from rich.progress import MofNCompleteColumn, Progress
+
+    tasks, capture = {}, request.config.pluginmanager.getplugin("capturemanager")
+    with (
+        capture.global_and_fixture_disabled(),
+        Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress,
+    ):
+
+        def one_more(name):
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=settings.default.max_examples)
+            progress.advance(tasks[name])
+
+        yield one_more
+
+
+def outcome(function, leaves, grad_mode, grad_layout):
+    """Output, then a gradient or None for each leaf; or the error; or None where the backward alone raises."""
+    with contextlib.nullcontext() if grad_mode else torch.no_grad():
+        try:
+            output = function()
+        except Exception as e:
+            return type(e), str(e)
+    if not output.requires_grad:
+        return [output] + [None] * len(leaves)
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    try:
+        grads = torch.autograd.grad(output, wanted, grad_layout(output))
+    except RuntimeError:
+        return None
+    grads = dict(zip(map(id, wanted), grads, strict=True))
+    return [output] + [grads.get(id(t)) for t in leaves]
+
+
+def strides(t):
+    """Those that lead somewhere."""
+    return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and t.numel()]
+
+
+def check(ours, torchs, exact, scales):
+    if isinstance(torchs, tuple):
+        assert ours == torchs
+        return
+    if torchs is None:  # such as bfloat16 with a float bias and no weight
+        return
+    assert ours[0].requires_grad == torchs[0].requires_grad and strides(ours[0]) == strides(torchs[0])
+    for a, b, true, scale in zip(ours, torchs, exact, scales, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            assert_close(a, b, true, scale=scale())
+
+
+def largest(t):
+    return t.abs().max().item() if t.numel() else 0.0
+
+
+def rows(t, ndim=1):
+    """All dimensions but the last `ndim` as one."""
+    return t.unsqueeze(0).flatten(0, -1 - ndim)
+
+
+def like(grad, dtype):
+    """The gradient for an output: the drawn one, in the output's dtype or in float64."""
+    return lambda output: grad.to(output.dtype) if output.dtype != dtype else grad
+
+
+@given(data=st.data())
+def test_layer_norm(data, bar):
+    """L3 .. L6, L9."""
+    draw = data.draw
+    outer, inner = draw(st.lists(FEW, max_size=3)), draw(st.lists(SIZES, min_size=1, max_size=2))
+    if len(inner) > 1:
+        inner[0] = min(inner[0], 8)
+    shape, dtype = (*outer, *inner), draw(st.sampled_from(DTYPES))
+    affine_dtype = draw(st.sampled_from([dtype, dtype, torch.float32]))
+    make_x, make_g = draw(layouts(shape)), draw(layouts(shape))
+    make_w, make_b = (draw(st.none() | layouts(inner)) for _ in range(2))
+    eps, shift = draw(st.sampled_from([1e-5, 1e-5, 1e-12, 0.1])), draw(st.sampled_from([0.0, 0.0, 3.0, -50.0]))
+    mask, grad_mode = draw(st.tuples(*[st.booleans()] * 3)), draw(st.sampled_from([True, True, True, False]))
+    torch.manual_seed(draw(SEEDS))
+    x, g = make_x(dtype, shift=shift), make_g(dtype)
+    w, b = (None if m is None else m(affine_dtype) for m in (make_w, make_b))
+    leaves = [None if t is None else t.requires_grad_(m) for t, m in zip((x, w, b), mask, strict=True)]
+    true = [double(t) for t in leaves]
+
+    def call(function, x, w, b):
+        return lambda: function(x, inner, w, b, eps)
+
+    results = [
+        outcome(call(f, *ts), ts, grad_mode, like(g, dtype))
+        for f, ts in ((F.layer_norm, leaves), (TF.layer_norm, leaves), (reference.layer_norm, true))
+    ]
+    # The size of the terms, in units of the precision that they are summed in.
+    summed_in = dtype if dtype == torch.float64 else torch.float32
+    finer, finer_affine = (torch.finfo(summed_in).eps / torch.finfo(d).eps for d in (dtype, affine_dtype))
+    dims = tuple(range(-len(inner), 0))
+    with torch.no_grad():
+        x64, g64, w64 = double(x), g.double(), 1.0 if w is None else w.double()
+        centred = x64 - x64.mean(dims, keepdim=True)
+        rstd = (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+        reach = x64.abs().amax(dims, keepdim=True) * rstd if x64.numel() else x64  # of x and mean, before they cancel
+        each = (g64 * w64).abs()
+        mean = each.mean(dims, keepdim=True) if x64.numel() else each
+    scales = [
+        lambda: finer * largest(reach * w64),
+        lambda: finer * largest((each + mean * (1 + reach * reach)) * rstd),
+        lambda: finer_affine * largest(rows((g64 * reach).abs(), len(inner)).sum(0)),
+        lambda: finer_affine * largest(rows(g64.abs(), len(inner)).sum(0)),
+    ]
+    check(*results, scales)
+    bar("layer_norm")
+
+
+@given(data=st.data())
+def test_linear_gelu(data, bar):
+    """G1, G6, and GELU alone."""
+    draw = data.draw
+    outer, n, k = draw(st.lists(FEW, max_size=3)), draw(SIZES), draw(SIZES)
+    dtype, approximate = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["none", "tanh"]))
+    make_x, make_w, make_g = draw(layouts((*outer, k))), draw(layouts((n, k))), draw(layouts((*outer, n)))
+    make_b = draw(st.none() | layouts((n,)))
+    mask, grad_mode = draw(st.tuples(*[st.booleans()] * 3)), draw(st.sampled_from([True, True, True, False]))
+    scale = draw(st.sampled_from([1.0, 0.1, 3.0]))
+    torch.manual_seed(draw(SEEDS))
+    x, w, g = make_x(dtype, scale), make_w(dtype), make_g(dtype)
+    b = None if make_b is None else make_b(dtype)
+    leaves = [None if t is None else t.requires_grad_(m) for t, m in zip((x, w, b), mask, strict=True)]
+    true = [double(t) for t in leaves]
+
+    def torchs(x, w, b, approximate):
+        return TF.gelu(TF.linear(x, w, b), approximate=approximate)
+
+    results = [
+        outcome(lambda f=f, ts=ts: f(*ts, approximate), ts, grad_mode, like(g, dtype))
+        for f, ts in ((F.linear_gelu, leaves), (torchs, leaves), (reference.linear_gelu, true))
+    ]
+    # The size of the terms: of the product, whose rounding the GELU and its derivative carry on.
+    with torch.no_grad():
+        x64, w64, b64 = x.double().abs(), w.double().abs(), 0.0 if b is None else b.double().abs()
+        pre = x64 @ w64.T + b64
+        d = rows(g.double().abs() * (1 + pre))
+    scales = [
+        lambda: largest(pre),
+        lambda: largest(d @ w64),
+        lambda: largest(d.T @ rows(x64)),
+        lambda: largest(d.sum(0)),
+    ]
+    check(*results, scales)
+    results = [
+        outcome(lambda f=f, t=t: f(t, approximate=approximate), [t], grad_mode, lambda output: torch.ones_like(output))
+        for f, t in (
+            (F.gelu, leaves[0]),
+            (TF.gelu, leaves[0]),
+            (lambda t, approximate: reference.gelu(t, approximate), true[0]),
+        )
+    ]
+    check(*results, [lambda: largest(x64), lambda: 1 + largest(x64)])
+    bar("linear_gelu")
+
+
+@given(data=st.data())
+def test_adamw(data, bar):
+    """A5 .. A8: one step from any state, which shows every rounding."""
+    draw = data.draw
+    dtype = draw(st.sampled_from(DTYPES))
+    options = {
+        "lr": draw(st.sampled_from([1e-3, 0.1, 0.0])),
+        "betas": draw(st.sampled_from([(0.9, 0.999), (0.5, 0.9), (0.0, 0.99)])),
+        "eps": draw(st.sampled_from([1e-8, 1e-3])),
+        "weight_decay": draw(st.sampled_from([0.01, 0.0, 0.5])),
+        "amsgrad": draw(st.booleans()),
+        "maximize": draw(st.booleans()),
+    }
+    shapes = draw(st.lists(st.lists(SIZES, max_size=2).map(tuple), min_size=1, max_size=4))
+    makers = [(draw(layouts(s, gaps=draw(st.booleans()), overlap=False)), draw(layouts(s))) for s in shapes]
+    missing = [draw(st.sampled_from([False] * 5 + [True])) for _ in shapes]
+    steps = [draw(st.sampled_from([0, 1, 9, 999])) for _ in shapes]
+    torch.manual_seed(draw(SEEDS))
+    values = [(make_p(dtype), make_g(dtype)) for make_p, make_g in makers]
+    moments = [
+        [torch.randn(s).to(dtype), *(torch.rand(s).add(0.01).to(dtype) for _ in range(1 + options["amsgrad"]))]
+        for s in shapes
+    ]
+    results = []
+    for kind, fused in ((optim.AdamW, None), (torch.optim.AdamW, dtype != torch.float64)):
+        params = []
+        for (p, g), absent in zip(values, missing, strict=True):
+            q = torch.empty_strided(p.size(), p.stride(), dtype=dtype).copy_(p).requires_grad_()
+            q.grad = None if absent else g.clone()
+            params.append(q)
+        optimizer = kind(params, **options, fused=fused)
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+        for q, state, step in zip(params, moments, steps, strict=True):
+            kept = {n: torch.zeros_like(q).copy_(t) for n, t in zip(names, state, strict=False)}
+            optimizer.state[q] = {"step": torch.tensor(float(step)), **kept}
+        optimizer.step()
+        results.append([[q, *optimizer.state[q].values()] for q in params])
+    for i, (ours, torchs) in enumerate(zip(*results, strict=True)):
+        assert ours[1] == torchs[1] == steps[i] + (not missing[i])
+        p, g, state = *values[i], moments[i]
+        if missing[i]:
+            assert all(torch.equal(a, b) for a, b in zip((ours[0], *ours[2:]), (p, *state), strict=True))
+            continue
+        m, v, top = [t.double() for t in state] + [None] * (not options["amsgrad"])
+        true = reference.adamw(
+            p.double(), g.double(), m, v, top, steps[i] + 1, lr=options["lr"], beta1=options["betas"][0],
+            beta2=options["betas"][1], weight_decay=options["weight_decay"], eps=options["eps"],
+            maximize=options["maximize"],
+        )  # fmt: skip
+        # The size of the terms, in units of the precision of the arithmetic: the moving average's two; some eight
+        # roundings that lead to the update (assert_close allows two of one); and the least that the dtype can tell.
+        beta1, beta2 = options["betas"]
+        finer = 1.0 if dtype == torch.float64 else torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+        average = m.abs() + g.double().abs()
+        deviation = true[2 + options["amsgrad"]].sqrt() / (1 - beta2 ** (steps[i] + 1)) ** 0.5 + options["eps"]
+        update = options["lr"] / (1 - beta1 ** (steps[i] + 1)) * average / deviation
+        terms = [
+            largest(p.double()) + 4 * largest(update),
+            largest(average),
+            *(2 * largest(t) for t in true[2:] if t is not None),
+        ]
+        scales = [largest(t) + finer * extra + torch.finfo(dtype).tiny for t, extra in zip(true, terms, strict=False)]
+        for a, b, t, scale in zip((ours[0], *ours[2:]), (torchs[0], *torchs[2:]), true, scales, strict=False):
+            assert_close(a, b, t, scale=scale)
+    bar("adamw")

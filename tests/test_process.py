@@ -1,0 +1,165 @@
+"""What a process does around the ops: two threads, forks, and how much memory it needs. "Across", and A9."""
+
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+
+import nnfast.nn as nn
+import nnfast.optim as optim
+
+
+def run_script(code, *args):
+    """The output of a fresh interpreter; a hang is an error."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_two_threads():
+    """Two models trained at once come out as trained one after the other, to the bit."""
+
+    def train(seed, results):
+        generator = torch.Generator().manual_seed(seed)
+        model = nn.Sequential(nn.LayerNorm(96), nn.Linear(96, 200), nn.GELU(), nn.LinearGELU(200, 96))
+        for p in model.parameters():
+            p.data.uniform_(-0.1, 0.1, generator=generator)
+        optimizer = optim.AdamW(model.parameters(), lr=0.01)
+        for _ in range(30):
+            model(torch.randn(300, 96, generator=generator)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results[seed] = [p.detach() for p in model.parameters()]
+
+    alone, together = {}, {}
+    for seed in (1, 2):
+        train(seed, alone)
+    threads = [threading.Thread(target=train, args=(seed, together)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed in (1, 2):
+        assert all(torch.equal(a, b) for a, b in zip(alone[seed], together[seed], strict=True))
+    assert not torch.equal(alone[1][0], alone[2][0])
+
+
+FORK = """
+import multiprocessing, torch
+import nnfast.nn as nn, nnfast.optim as optim
+
+torch.set_num_threads(2)
+model = nn.Sequential(nn.LayerNorm(512), nn.Linear(512, 512), nn.GELU())
+optimizer = optim.AdamW(model.parameters())
+
+def step():
+    model(torch.ones(2000, 512)).square().mean().backward()
+    optimizer.step()
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self): return 8
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return model(torch.ones(1000, 512) * i)[0]
+
+def child():
+    # As in torch's own data workers: a pool of OpenMP's threads does not outlive a fork.
+    torch.set_num_threads(1)
+    step()
+
+if __name__ == "__main__":
+    step()
+    loader = torch.utils.data.DataLoader(Data(), batch_size=4, num_workers=2, multiprocessing_context="fork")
+    assert len(list(loader)) == 2
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0, process.exitcode
+    step()
+    print("done")
+"""
+
+
+def test_fork_after_use():
+    """Data workers and a forked child run the ops after the parent's threads have."""
+    assert run_script(FORK).strip() == "done"
+
+
+def peak(call):
+    """Bytes of tensors alive at the most during a call, beyond those before it, as torch's profiler counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        most = max(most, alive)
+    return most
+
+
+def backward_of(make, shape):
+    def prepare(lib):
+        torch.manual_seed(0)
+        model, x = make(lib), torch.randn(shape, requires_grad=True)
+        return lambda: model(x).backward(torch.ones(1).expand(*shape[:-1], model(x[:1]).shape[-1]))
+
+    return prepare
+
+
+def step_of(lib):
+    module, options = (optim, {}) if lib is nn else (torch.optim, {"fused": True})
+    params = [torch.randn(1024, 1024, requires_grad=True) for _ in range(3)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = module.AdamW(params, **options)
+    optimizer.step()
+    return optimizer.step
+
+
+# Activations of whole pages of 2 MiB, as large outputs lie in, and more rows than features, as where memory matters.
+CALLS = {
+    "layer_norm": backward_of(lambda lib: lib.LayerNorm(1024), (1024, 1024)),
+    "linear_gelu": backward_of(lambda lib: lib.Sequential(lib.Linear(256, 1024), lib.GELU()), (2048, 256)),
+    "mlp": backward_of(
+        lambda lib: lib.Sequential(lib.LayerNorm(256), lib.Linear(256, 1024), lib.GELU(), lib.Linear(1024, 256)),
+        (2048, 256),
+    ),
+    "adamw": step_of,
+}
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("name", CALLS)
+def test_peak_memory(name):
+    """A9: no more than torch's, but for the threads' sums over rows: three levels for a weight and a bias each."""
+    torch.use_deterministic_algorithms(False)  # which would fill outputs, and so take them from torch
+    ours, torchs = (peak(CALLS[name](lib)) for lib in (nn, torch.nn))
+    sums = 0 if name == "adamw" else 2 * torch.get_num_threads() * 3 * 1024 * 4
+    assert ours <= torchs + sums, f"{ours / 2**20:.2f} MiB, torch {torchs / 2**20:.2f} MiB"
+    assert torchs > 0 or name == "adamw"
+
+
+RESIDENT = """
+import resource, sys, torch
+import nnfast.nn, nnfast.optim
+lib, optim = (nnfast.nn, nnfast.optim) if sys.argv[1] == "ours" else (torch.nn, torch.optim)
+model = lib.Sequential(*(m for _ in range(4) for m in (
+    lib.LayerNorm(512), lib.Linear(512, 2048), lib.GELU(), lib.Linear(2048, 512))))
+optimizer = optim.AdamW(model.parameters(), fused=True)
+for _ in range(3):
+    model(torch.randn(4096, 512)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_peak_of_the_process():
+    """A9: what the process takes from the system, but for the blocks that are kept for the next output: 128 MiB."""
+    ours, torchs = (int(run_script(RESIDENT, who)) / 1024 for who in ("ours", "torch"))
+    assert ours <= torchs + 128, f"{ours:.0f} MiB, torch {torchs:.0f} MiB"
