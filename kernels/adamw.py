@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnfast.kernels.shared import capturing, check, on
+from nnfast.kernels.shared import capturing, check, on, on_gpu
 
 # What a measurement on a GPU should settle.
 #: Elements of a tensor that one program takes, and its warps.
@@ -178,33 +178,34 @@ def adamw_scalars_kernel(
     tl.store(scalars + 2 * count + tensor, (eps * correction2).to(tl.float32), mask=inside)
 
 
-def _tables_for(device: torch.device, key: int, columns: list[list[int]]) -> tuple:
+def _tables_for(param: Tensor, columns: list[list[int]]) -> tuple[Tensor, Tensor, int]:
     """The two tables on the GPU, and the kinds that occur: those of the last step, as long as nothing has changed."""
-    at = device, key
-    found = _tables.get(at)
-    if found and found[0] == columns:
-        return found[1:4]
+    # A table is filled in the order of one stream.
+    stream = torch.cuda.current_stream(param.device).cuda_stream if param.is_cuda else 0
+    at = param.device, stream, columns[PARAM.value][0]
+    was, built = _tables.get(at, (None, None))
+    if was != columns:
 
-    def copy(host: Tensor) -> tuple[Tensor, Tensor]:
-        host = host.pin_memory() if device.type == "cuda" else host
-        return host, host.to(device, non_blocking=True)
+        def copy(host: Tensor) -> tuple[Tensor, Tensor]:
+            host = host.pin_memory() if param.is_cuda else host
+            return host, host.to(param.device, non_blocking=True)
 
-    if found and found[0][NUMEL.value] == columns[NUMEL.value]:
-        chunks = found[2]
-    else:
-        counts = torch.tensor([-(-n // CHUNK) for n in columns[NUMEL.value]])
-        tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
-        chunks = copy(torch.stack((tensor, chunk), 1).to(torch.int32))
-    tensors, present = copy(torch.tensor(columns)), sum(1 << k for k in {kind % 4 for kind in columns[KIND.value]})
-    _tables.pop(at, None)
-    while len(_tables) >= TABLES:
-        del _tables[next(iter(_tables))]
-    _tables[at] = columns, tensors, chunks, present
-    if capturing(tensors[1]):
-        # The copy from the host is part of the graph.
-        _kept.append((tensors, chunks))
-    return tensors, chunks, present
+        if was and was[NUMEL.value] == columns[NUMEL.value] and not capturing(param):
+            chunks = built[1]
+        else:
+            counts = torch.tensor([-(-n // CHUNK) for n in columns[NUMEL.value]])
+            tensor = torch.repeat_interleave(torch.arange(len(counts)), counts)
+            chunk = torch.arange(len(tensor)) - (counts.cumsum(0) - counts)[tensor]
+            chunks = copy(torch.stack((tensor, chunk), 1).to(torch.int32))
+        built = copy(torch.tensor(columns)), chunks, sum(1 << k for k in {kind % 4 for kind in columns[KIND.value]})
+        if not capturing(param):
+            _tables.pop(at, None)
+            while len(_tables) >= TABLES:
+                del _tables[next(iter(_tables))]
+            _tables[at] = columns, built
+    if capturing(param):
+        _kept.append(built)  # with what it is copied from: the copy is part of the graph
+    return built[0][1], built[1][1], built[2]
 
 
 def _addresses(tensors: list[Tensor]) -> list[int]:
@@ -221,7 +222,7 @@ def adamw_triton(
     if not params:
         return
     count, device = len(params), params[0].device
-    steps_on_gpu = state_steps[0].device == device and device.type != "cpu"
+    steps_on_gpu = on_gpu(state_steps[0])
     if not steps_on_gpu:
         if found_inf is not None and found_inf.item() != 0:
             return
@@ -240,8 +241,8 @@ def adamw_triton(
         for p, *addresses in zip(params, *columns[:5])
     ])  # fmt: skip
     with on(params[0]):
-        (_, tensors), (_, chunks), present = _tables_for(device, columns[0][0], columns)
-        device_lr = lr if isinstance(lr, Tensor) and lr.device == device and not lr.is_cpu else None
+        tensors, chunks, present = _tables_for(params[0], columns)
+        device_lr = lr if isinstance(lr, Tensor) and on_gpu(lr) else None
         rate = 0.0 if device_lr is not None else float(lr)
         if steps_on_gpu or device_lr is not None or any(step_column):
             scalars = torch.empty((3, count), dtype=torch.float32, device=device)
@@ -254,7 +255,11 @@ def adamw_triton(
         else:
             scalars, t = None, steps[0]
             correction2 = math.sqrt(1 - beta2**t)
-            decay, step_size, scaled_eps = 1 - rate * weight_decay, rate / (1 - beta1**t) * correction2, eps * correction2
+            decay, step_size, scaled_eps = (
+                1 - rate * weight_decay,
+                rate / (1 - beta1**t) * correction2,
+                eps * correction2,
+            )
         if len(chunks):
             adamw_kernel[(len(chunks),)](
                 tensors, chunks, count, scalars, decay, step_size, scaled_eps, 1 - beta1, beta2, 1 - beta2,

@@ -27,6 +27,10 @@ def on(tensor: Tensor) -> torch.cuda.device_of:
     return torch.cuda.device_of(tensor)
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
 def capturing(tensor: Tensor) -> bool:
     """Whether a CUDA graph is being recorded: nothing can then be waited for, and addresses are kept."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
@@ -40,7 +44,9 @@ def rows_of(t: Tensor, size: int) -> Tensor:
 
 def check(covered: bool, op: str) -> None:
     if not covered:
-        raise NotImplementedError(f"nnfast::{op} does not cover this call with Triton; nnfast's functions hand it to torch")
+        raise NotImplementedError(
+            f"nnfast::{op} does not cover this call with Triton; nnfast's functions hand it to torch"
+        )
 
 
 @triton.jit
