@@ -101,12 +101,12 @@ def adamw_kernel(
     chunks,  # (programs, 2), int32: a tensor, and which of its chunks
     count,
     scalars,  # (3, count), float: decay, step size and eps of each tensor; or None, and then these:
-    decay: "fp32",
-    step_size: "fp32",
-    eps: "fp32",
-    one_minus_beta1: "fp32",
-    beta2: "fp32",
-    one_minus_beta2: "fp32",
+    decay,
+    step_size,
+    eps,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
     grad_scale,  # one number on the GPU, or None
     found_inf,  # one number on the GPU, or None; where it is not 0, nothing changes
     PRESENT: tl.constexpr,  # the kinds that occur, a bit each
@@ -114,9 +114,8 @@ def adamw_kernel(
     AMSGRAD: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    if found_inf is not None:
-        if tl.load(found_inf) != 0:
-            return
+    if found_inf is not None and tl.load(found_inf) != 0:
+        return
     chunk = tl.program_id(0).to(tl.int64) * 2
     tensor = tl.load(chunks + chunk)
     start = tl.load(chunks + chunk + 1).to(tl.int64) * CHUNK
@@ -127,15 +126,12 @@ def adamw_kernel(
         eps = tl.load(scalars + 2 * count + tensor)
     whole = (kind < 4) & (start + CHUNK <= tl.load(tensors + NUMEL * count + tensor))
     step = decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps
-    if PRESENT & 1:
-        if kind % 4 == 0:
-            _update(tensors, count, tensor, start, whole, grad_scale, step, tl.float32, MAXIMIZE, AMSGRAD, CHUNK)
-    if PRESENT & 2:
-        if kind % 4 == 1:
-            _update(tensors, count, tensor, start, whole, grad_scale, step, tl.bfloat16, MAXIMIZE, AMSGRAD, CHUNK)
-    if PRESENT & 4:
-        if kind % 4 == 2:
-            _update(tensors, count, tensor, start, whole, grad_scale, step, tl.float16, MAXIMIZE, AMSGRAD, CHUNK)
+    if PRESENT & 1 and kind % 4 == 0:
+        _update(tensors, count, tensor, start, whole, grad_scale, step, tl.float32, MAXIMIZE, AMSGRAD, CHUNK)
+    if PRESENT & 2 and kind % 4 == 1:
+        _update(tensors, count, tensor, start, whole, grad_scale, step, tl.bfloat16, MAXIMIZE, AMSGRAD, CHUNK)
+    if PRESENT & 4 and kind % 4 == 2:
+        _update(tensors, count, tensor, start, whole, grad_scale, step, tl.float16, MAXIMIZE, AMSGRAD, CHUNK)
 
 
 @triton.jit
@@ -143,21 +139,20 @@ def adamw_scalars_kernel(
     tensors,
     scalars,
     count,
-    first_step: "fp64",
-    lr: "fp64",
+    first_step: tl.float64,
+    lr: tl.float64,
     device_lr,  # one number on the GPU in place of lr, or None
-    log_beta1: "fp64",
-    log_beta2: "fp64",
-    weight_decay: "fp64",
-    eps: "fp64",
+    log_beta1: tl.float64,
+    log_beta2: tl.float64,
+    weight_decay: tl.float64,
+    eps: tl.float64,
     found_inf,
     STEPS_ON_GPU: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The scalars of ``AdamWStep``, formed in double for each tensor; steps that are on the GPU advance."""
-    if found_inf is not None:
-        if tl.load(found_inf) != 0:
-            return
+    if found_inf is not None and tl.load(found_inf) != 0:
+        return
     tensor = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = tensor < count
     step = tl.load(tensors + STEP * count + tensor, mask=inside, other=0)
@@ -231,14 +226,15 @@ def adamw_triton(
         step_column = [t - steps[0] for t in steps]
     else:
         steps, step_column = [0], _addresses(state_steps)
-    copies = [None if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in zip(params, grads)]
-    read = [g if c is None else c for g, c in zip(grads, copies)]
+    pairs = list(zip(params, grads, strict=True))
+    copies = [None if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in pairs]
+    read = [g if c is None else c for g, c in zip(grads, copies, strict=True)]
     amsgrad = bool(max_exp_avg_sqs)
     columns = [_addresses(t) for t in (params, read, exp_avgs, exp_avg_sqs, max_exp_avg_sqs or params)]
     columns += [p.numel() for p in params], step_column
     columns.append([
         KINDS.index(p.dtype) + (4 if any(a % 16 for a in addresses) else 0)
-        for p, *addresses in zip(params, *columns[:5])
+        for p, *addresses in zip(params, *columns[:5], strict=True)
     ])  # fmt: skip
     with on(params[0]):
         tensors, chunks, present = _tables_for(params[0], columns)

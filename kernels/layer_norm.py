@@ -12,19 +12,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnfast.kernels.shared import check, on, processors, rows_of, sum_rows
+from nnfast.kernels.shared import check, lanes, on, processors, rows_of, sum_rows
 
 # What a measurement on a GPU should settle.
 #: Elements of a tile at the least: short rows share a program.
 TILE = 2048
 #: The longest row that a program holds in registers, forward and backward; a longer one is read in pieces.
 LONGEST, LONGEST_BACKWARD = 16384, 8192
-#: Elements a thread holds.
-PER_THREAD = 16
+#: Elements a thread holds, forward and backward.
+PER_THREAD, PER_THREAD_BACKWARD = 16, 8
 #: Warps at the most in a program, and resident on a multiprocessor in the backward.
 MAX_WARPS, WARPS_PER_PROCESSOR = 16, 16
-#: Rows and columns of a piece of long rows in the backward.
-LONG_ROWS, LONG_COLS = 4, 2048
+#: Columns of a piece of long rows in the forward; rows and columns of one in the backward.
+LONG_COLS_FORWARD, LONG_ROWS, LONG_COLS = 8192, 4, 2048
 #: How many tiles of x and grad are under way in the backward.
 STAGES = 2
 
@@ -217,11 +217,11 @@ def layer_norm_bwd_long_kernel(
         tl.debug_barrier()
 
 
-def _tile(size: int) -> tuple[int, int, int]:
+def _tile(size: int, per_thread: int) -> tuple[int, int, int]:
     """Rows, columns and warps of a program that holds whole rows."""
     cols = triton.next_power_of_2(size)
     rows = max(1, TILE // cols)
-    return rows, cols, min(MAX_WARPS, max(4, rows * cols // (32 * PER_THREAD)))
+    return rows, cols, min(MAX_WARPS, max(4, rows * cols // (lanes() * per_thread)))
 
 
 def _covered(input: Tensor, *affine: Tensor | None) -> bool:
@@ -246,9 +246,9 @@ def layer_norm_triton(
     args = x, *affine, output, stats, rows, size, x.stride(0), eps
     with on(input):
         if size > LONGEST:
-            layer_norm_fwd_long_kernel[(rows,)](*args, COLS=LONGEST // 2, num_warps=MAX_WARPS)
+            layer_norm_fwd_long_kernel[(rows,)](*args, COLS=LONG_COLS_FORWARD, num_warps=MAX_WARPS)
         else:
-            block, cols, warps = _tile(size)
+            block, cols, warps = _tile(size, PER_THREAD)
             layer_norm_fwd_kernel[(triton.cdiv(rows, block),)](*args, ROWS=block, COLS=cols, num_warps=warps)
     return output, stats
 
@@ -277,7 +277,7 @@ def layer_norm_backward_triton(
     rows = x.shape[0]
     with on(input):
         long = size > LONGEST_BACKWARD
-        block, cols, warps = (LONG_ROWS, LONG_COLS, MAX_WARPS) if long else _tile(size)
+        block, cols, warps = (LONG_ROWS, LONG_COLS, MAX_WARPS) if long else _tile(size, PER_THREAD_BACKWARD)
         programs = min(triton.cdiv(rows, block), processors() * max(1, WARPS_PER_PROCESSOR // warps))
         parts = x.new_empty((len(wanted), programs, size), dtype=torch.float32)
         queue = list(parts)

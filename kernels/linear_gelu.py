@@ -15,12 +15,13 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nnfast.kernels.shared import capturing, check, nvidia, on, processors, rows_of, sum_rows
+from nnfast.kernels.shared import capturing, check, on, processors, rows_of, sum_rows
 
 # What a measurement on a GPU should settle.
 #: The tiles that are tried, once for each shape class: (rows, columns, depth, warps, stages).
 TILES_TMA = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4))
 TILES = ((128, 128, 32, 4, 4), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
+TILES_ODD = ((64, 64, 32, 4, 4),)  # rows that are no multiples of 16 bytes
 TILES_HIP = ((128, 128, 32, 4, 2), (128, 64, 32, 4, 2), (64, 64, 32, 4, 2))
 #: Rows of tiles that share columns of the weight while they are in the cache.
 GROUP = 8
@@ -40,7 +41,7 @@ def _sides(x, small):
 
 @triton.jit
 def normal_cdf(x):
-    """erfc(a / sqrt 2) / 2 = 2^(a p(a) - 1), a = |x|, by the polynomial p of ``csrc/cpu/simd.h``, and its other side."""
+    """Both sides; the smaller is erfc(a / sqrt 2) / 2 = 2^(a p(a) - 1), a = |x|, p as in ``csrc/cpu/simd.h``."""
     a = tl.minimum(tl.abs(x), 14.2)
     p = a * 5.281241399757164e-08 - 2.0457730443013133e-06
     p = p * a + 2.7296080588712357e-05
@@ -177,11 +178,9 @@ def gelu_bwd_kernel(
         tl.store(parts + program * cols + col, tl.sum(total, 0, keep_dims=True), mask=col < cols)
 
 
-def _through_descriptors(*matrices: Tensor) -> bool:
-    """Whether TMA reaches these: 16-byte rows from a 16-byte address, on a GPU that has it."""
-    return nvidia() >= 90 and all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 and t.stride(1) == 1 for t in matrices
-    )
+def _by_16_bytes(*matrices: Tensor) -> bool:
+    """16-byte rows from a 16-byte address: what TMA wants."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in matrices)
 
 
 def _launch(tile, x, weight, bias, out, pre, tanh, tma) -> None:
@@ -230,8 +229,9 @@ def linear_gelu_triton(
         output, pre = (input.new_empty((*input.shape[:-1], weight.shape[0])) for _ in range(2))
         x, weight = rows_of(input, input.shape[-1]), rows_of(weight, weight.shape[1])
         matrices = x, weight, output.view(len(x), -1), pre.view(len(x), -1)
-        tma = _through_descriptors(*matrices)
-        tiles = TILES_HIP if target.backend == "hip" else TILES_TMA if tma else TILES
+        even, nvidia = _by_16_bytes(*matrices), target.backend == "cuda"
+        tma = even and nvidia and target.arch >= 90
+        tiles = TILES_ODD if not even else TILES_HIP if not nvidia else TILES_TMA if tma else TILES
         args = *matrices[:2], None if bias is None else bias.contiguous(), *matrices[2:], approximate == "tanh", tma
         _launch(_tile_for(tiles, *args), *args)
     return output, pre

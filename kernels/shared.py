@@ -16,10 +16,9 @@ def processors() -> int:
     return driver.active.utils.get_device_properties(device)["multiprocessor_count"]
 
 
-def nvidia() -> int:
-    """The compute capability of the current GPU, 90 for 9.0, or 0 where it is not NVIDIA's."""
-    target = driver.active.get_current_target()
-    return target.arch if target.backend == "cuda" else 0
+def lanes() -> int:
+    """Threads of a warp."""
+    return driver.active.get_current_target().warp_size
 
 
 def on(tensor: Tensor) -> torch.cuda.device_of:
