@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnfast.kernels.shared import capturing, check, on, on_gpu
+from nnfast.kernels.shared import capturing, check, lanes, on, on_gpu
 
 # What a measurement on a GPU should settle.
-#: Elements of a tensor that one program takes, and its warps.
-CHUNK, WARPS = 2048, 8
+#: Elements of a tensor that one program takes, and those of a thread.
+CHUNK, PER_THREAD = 2048, 8
 #: Tensors whose scalars one program forms, where that happens on the GPU.
 SCALARS = 128
 #: Groups whose tables are kept.
@@ -260,7 +260,8 @@ def adamw_triton(
             adamw_kernel[(len(chunks),)](
                 tensors, chunks, count, scalars, decay, step_size, scaled_eps, 1 - beta1, beta2, 1 - beta2,
                 grad_scale, None if not steps_on_gpu else found_inf,
-                PRESENT=present, MAXIMIZE=maximize, AMSGRAD=amsgrad, CHUNK=CHUNK, num_warps=WARPS,
+                PRESENT=present, MAXIMIZE=maximize, AMSGRAD=amsgrad, CHUNK=CHUNK,
+                num_warps=max(1, CHUNK // (lanes() * PER_THREAD)),
             )  # fmt: skip
     if grad_scale is not None:
         for grad, copied in zip(grads, copies, strict=True):

@@ -5,6 +5,7 @@ The registry of kernels is PyTorch's dispatcher, and the gate that decides call 
 """
 
 import contextlib
+import functools
 import importlib.util
 import os
 import threading
@@ -70,12 +71,12 @@ def available(name: str) -> str:
         if native.cpu_kernels() is None:
             return f"this CPU offers neither AVX2 nor AVX-512 to torch ({torch.backends.cpu.get_cpu_capability()})"
         return ""
-    if native is None:
-        return why_not
     if not torch.cuda.is_available():
         return "torch finds no GPU"
     if name == "triton":
-        return _no_triton()
+        return no_triton()
+    if native is None:
+        return why_not
     return "" if native.cuda_kernels() else "nnfast was built without CUDA kernels"
 
 
@@ -88,14 +89,16 @@ def server(op: str, device: str) -> tuple[str, str]:
     if device == "cpu":
         return "cpu", f"{native.cpu_kernels()}: float32, bfloat16, float16, float64"
     covered = "float32, bfloat16, float16"
-    if op in native.cuda_kernels():
+    if native and op in native.cuda_kernels():
         return "cuda", covered
-    if why := _no_triton():
+    if why := no_triton():
         return "torch", f"not among the CUDA kernels, and {why}"
+    covered += "" if native else "; without the extension, a few microseconds more a call"
     return ("triton", covered) if op in kernels.OPS else ("torch", "as fast as a kernel of ours would be")
 
 
-def _no_triton() -> str:
+@functools.cache
+def no_triton() -> str:
     """Why Triton's kernels cannot be used with this torch, or ""; asked without importing Triton."""
     if torch.version.cuda is None and torch.version.hip is None:
         return "torch is built for CPUs alone"
@@ -129,9 +132,9 @@ def forced() -> str | None:
 def _force(name: str | None) -> None:
     if name is not None and (why := available(name)):
         raise RuntimeError(f"nnfast: backend {name!r} was asked for, but {why}")
-    _override(name == "triton")
     _forced.name = name
     if native is not None:
+        _override(name == "triton")
         native.hold(name)
 
 
@@ -175,7 +178,7 @@ def torch_serves(op: str) -> None:
         )
 
 
-if native is not None and not _no_triton():
+if native is not None and not no_triton():
     _register(override=False)
 if native is not None and _forced.name is not None:
     _force(_forced.name)
