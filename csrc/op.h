@@ -17,9 +17,9 @@ using OptTensor = std::optional<Tensor>;
 // The op as the dispatcher knows it. Look it up once: `static const auto op =
 // find_op<decltype(layer_norm)>("layer_norm");`
 template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+c10::TypedOperatorHandle<Signature> find_op(const char* name, const char* overload = "") {
   return c10::Dispatcher::singleton()
-      .findSchemaOrThrow((std::string("nnfast::") + name).c_str(), "")
+      .findSchemaOrThrow((std::string("nnfast::") + name).c_str(), overload)
       .typed<Signature>();
 }
 
@@ -41,7 +41,7 @@ bool any_needs_grad(const T&... t) {
 // No functorch transform, no dispatch or function mode, no tracing, no forward-mode AD.
 bool ordinary_thread();
 
-// Strided, dense, on a device whose kernels are there.
+// Strided, dense, on a CPU or a GPU.
 bool ordinary(const Tensor& t);
 inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }
 
@@ -75,6 +75,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
 void adamw_(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
+    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
+void adamw_tensor_lr(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
     double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
 
 }  // namespace nnfast
