@@ -14,6 +14,11 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
       "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
       " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, float lr, float beta1, float beta2,"
       " float weight_decay, float eps, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+  // lr as a 0-dim tensor on the parameters' device, which a CUDA graph reads afresh at every replay.
+  m.def(
+      "adamw_.tensor_lr(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
+      " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, Tensor lr, float beta1, float beta2,"
+      " float weight_decay, float eps, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }
 
 void adamw_(
@@ -26,37 +31,54 @@ void adamw_(
       grad_scale, found_inf);
 }
 
+void adamw_tensor_lr_(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
+    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
+  static const auto op = find_op<decltype(adamw_tensor_lr_)>("adamw_", "tensor_lr");
+  op.call(
+      params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, beta1, beta2, weight_decay, eps, maximize,
+      grad_scale, found_inf);
+}
+
 bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
     const Tensor& max_exp_avg_sq, const Tensor& step) {
   const auto type = param.scalar_type();
-  if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return false;
-  if (step.scalar_type() != at::kFloat || step.numel() != 1 || !step.device().is_cpu()) return false;
+  const auto single = [](at::ScalarType t) { return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf; };
+  if (!single(type) && type != at::kDouble) return false;
+  if (step.scalar_type() != at::kFloat || step.numel() != 1) return false;
+  if (!step.device().is_cpu() && step.device() != param.device()) return false;
   // The state lies in memory as the parameter does, without gaps; the gradient may lie in another order.
   const auto like = [&](const Tensor& t) {
-    return t.scalar_type() == type && t.device() == param.device() && t.sizes() == param.sizes();
+    const bool mixed = param.is_cuda() && single(type) && single(t.scalar_type());
+    return (t.scalar_type() == type || mixed) && t.device() == param.device() && t.sizes() == param.sizes();
   };
-  const auto beside = [&](const Tensor& t) { return like(t) && t.strides() == param.strides(); };
+  const auto beside = [&](const Tensor& t) {
+    return like(t) && t.strides() == param.strides() && t.scalar_type() == exp_avg.scalar_type();
+  };
   return param.is_non_overlapping_and_dense() && like(grad) && beside(exp_avg) && beside(exp_avg_sq) &&
          (!max_exp_avg_sq.defined() || beside(max_exp_avg_sq));
 }
 
 namespace {
 
+template <class Lr>
 void adamw_meta(
-    at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, double, double,
-    double, double, double, bool, const OptTensor&, const OptTensor&) {}
+    at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, Lr, double, double,
+    double, double, bool, const OptTensor&, const OptTensor&) {}
 
 // What torch's own in-place ops do around the change: refuse a leaf that is being recorded, and count the version up,
 // so that a graph which saved the old value notices.
+template <class Lr, auto step>
 void adamw_autograd(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
+    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, Lr lr, double beta1, double beta2,
     double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
   if (at::GradMode::is_enabled())
     for (const auto& p : params) torch::autograd::check_inplace(p, p.requires_grad());
   at::AutoDispatchBelowADInplaceOrView guard;
-  adamw_(
+  step(
       params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, beta1, beta2, weight_decay, eps, maximize,
       grad_scale, found_inf);
   const auto changed = [](at::TensorList list) {
@@ -69,7 +91,13 @@ void adamw_autograd(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nnfast, Meta, m) { m.impl("adamw_", adamw_meta); }
-TORCH_LIBRARY_IMPL(nnfast, Autograd, m) { m.impl("adamw_", adamw_autograd); }
+TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
+  m.impl("adamw_", adamw_meta<double>);
+  m.impl("adamw_.tensor_lr", adamw_meta<const Tensor&>);
+}
+TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
+  m.impl("adamw_", adamw_autograd<double, adamw_>);
+  m.impl("adamw_.tensor_lr", adamw_autograd<const Tensor&, adamw_tensor_lr_>);
+}
 
 }  // namespace nnfast

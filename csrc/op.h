@@ -17,9 +17,9 @@ using OptTensor = std::optional<Tensor>;
 // The op as the dispatcher knows it. Look it up once: `static const auto op =
 // find_op<decltype(layer_norm)>("layer_norm");`
 template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+c10::TypedOperatorHandle<Signature> find_op(const char* name, const char* overload = "") {
   return c10::Dispatcher::singleton()
-      .findSchemaOrThrow((std::string("nnfast::") + name).c_str(), "")
+      .findSchemaOrThrow((std::string("nnfast::") + name).c_str(), overload)
       .typed<Signature>();
 }
 
@@ -72,6 +72,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
 void adamw_(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
+    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
+void adamw_tensor_lr_(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
     double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
 
 }  // namespace nnfast
