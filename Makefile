@@ -1,6 +1,7 @@
 # make demo    the main job: a small GPT trained with torch and with nnfast, side by side
 # make test    the tests
 # make lint    formatting and lint, as CI checks them; make format mends them
+# make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions
 #
 # Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
 # alone: make test PYTHON=/path/to/python
@@ -14,7 +15,9 @@ INSTALLED := build/installed-$(subst /,-,$(PYTHON))
 CLANG_FORMAT = $(PYTHON) -c "import clang_format; clang_format.clang_format()"
 PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test lint format clean
+CPP := $(filter-out %.py,$(filter csrc/%,$(SOURCES)))
+
+.PHONY: demo test lint format compile-gpu clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
@@ -25,12 +28,15 @@ test: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(CLANG_FORMAT) --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 
 format: $(INSTALLED)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(CLANG_FORMAT) -i $(filter csrc/%,$(SOURCES))
+	$(CLANG_FORMAT) -i $(CPP)
+
+compile-gpu: $(INSTALLED)
+	$(PYTHON) csrc/cuda/compile.py
 
 clean:
 	rm -rf build *.egg-info nnfast/_C.*.so nnfast/_built_for.txt benchmarks/out

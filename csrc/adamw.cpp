@@ -73,8 +73,8 @@ void adamw_meta(
 template <class Lr, auto step>
 void adamw_autograd(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, Lr lr, double beta1, double beta2,
-    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
+    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, Lr lr, double beta1, double beta2, double weight_decay,
+    double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
   if (at::GradMode::is_enabled())
     for (const auto& p : params) torch::autograd::check_inplace(p, p.requires_grad());
   at::AutoDispatchBelowADInplaceOrView guard;

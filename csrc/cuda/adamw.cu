@@ -7,7 +7,8 @@
 namespace nnfast::cuda {
 namespace {
 
-constexpr int kThreads = 256, kResident = 3;  // blocks a multiprocessor holds at the least; a measurement should settle it
+constexpr int kThreads = 256,
+              kResident = 3;  // blocks a multiprocessor holds at the least; a measurement should settle it
 
 // Elements of a type known here, or only by the table.
 template <class T>
@@ -87,8 +88,7 @@ __device__ void update(
 }
 
 template <class T, class A, int V>
-__device__ void update(
-    const AdamWTensor& t, const AdamWStep<A>& step, const AdamW& a, int64_t begin, int64_t end) {
+__device__ void update(const AdamWTensor& t, const AdamWStep<A>& step, const AdamW& a, int64_t begin, int64_t end) {
   const auto known = [](void* p) { return Known<T>{static_cast<T*>(p)}; };
   update<A, V>(
       t, known(t.param), known(t.grad), known(t.exp_avg), known(t.exp_avg_sq), known(t.max_exp_avg_sq), step,

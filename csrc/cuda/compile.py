@@ -43,11 +43,14 @@ def sources(wanted: Iterable[str]) -> dict[Path, tuple[str, ...]]:
 
 
 def toolkit() -> Path | None:
-    """The CUDA toolkit of this machine: where ``bin/nvcc`` and ``include`` are."""
+    """The CUDA toolkit of this machine: where ``bin/nvcc`` and ``include/cuda_runtime.h`` are."""
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
     candidates.append(ROOT / "build/cuda/nvidia/cu13")
-    return next((Path(c) for c in candidates if c and Path(c, "bin/nvcc").exists()), None)
+    whole = (
+        Path(c) for c in candidates if c and all(Path(c, p).exists() for p in ("bin/nvcc", "include/cuda_runtime.h"))
+    )
+    return next(whole, None)
 
 
 def release(root: Path) -> str:

@@ -86,9 +86,7 @@ struct Columns {
   int lane, n;
   bool vectors;
 
-  __device__ int column(int e) const {
-    return vectors ? (e / V * Threads + lane) * V + e % V : e * Threads + lane;
-  }
+  __device__ int column(int e) const { return vectors ? (e / V * Threads + lane) * V + e % V : e * Threads + lane; }
   __device__ bool inside(int e) const { return column(e) < n; }
 
   template <class U, class Out>

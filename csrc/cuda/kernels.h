@@ -63,11 +63,11 @@ const char* linear_gelu(const LinearGelu& f, void* workspace, cudaStream_t strea
 // One tensor of an AdamW step, in a table that lies on the device.
 struct AdamWTensor {
   void *param, *grad, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null without amsgrad
-  float* step;  // the count on the device, which the kernel advances; or null:
+  float* step;         // the count on the device, which the kernel advances; or null:
   double step_offset;  // then the count is the launch's step plus this
   int64_t size;
   uint32_t chunks;  // of the tensor, at least 1
-  uint32_t done;  // chunks of this launch that have read the step; 0 between launches
+  uint32_t done;    // chunks of this launch that have read the step; 0 between launches
   DType param_dtype, grad_dtype, moments_dtype;
   bool aligned;  // every pointer on 16 bytes
 };

@@ -40,11 +40,12 @@ std::tuple<Tensor, Tensor> layer_norm_cuda(
   const Rows x = rows_of(input, size, normalized_shape.size());
   Tensor output = at::empty(input.sizes(), input.options());
   Tensor stats = at::empty({2, rows}, input.options().dtype(at::toOpMathType(input.scalar_type())));
-  C10_CUDA_CHECK(cuda::layer_norm(
-      {dtype_of(input), dtype_of(affine(input, weight, bias)), rows, size, x.stride, eps, x.tensor.const_data_ptr(),
-       data(weight), data(bias), output.mutable_data_ptr(), stats.mutable_data_ptr(),
-       static_cast<char*>(stats.mutable_data_ptr()) + rows * stats.element_size()},
-      on.stream));
+  C10_CUDA_CHECK(
+      cuda::layer_norm(
+          {dtype_of(input), dtype_of(affine(input, weight, bias)), rows, size, x.stride, eps, x.tensor.const_data_ptr(),
+           data(weight), data(bias), output.mutable_data_ptr(), stats.mutable_data_ptr(),
+           static_cast<char*>(stats.mutable_data_ptr()) + rows * stats.element_size()},
+          on.stream));
   return {output, stats};
 }
 
@@ -76,8 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
       data(grad_weight),
       data(grad_bias)};
   Tensor parts;
-  if (grad_weight.defined() || grad_bias.defined())
-    parts = at::empty({2, layer_norm_parts(b), size}, stats.options());
+  if (grad_weight.defined() || grad_bias.defined()) parts = at::empty({2, layer_norm_parts(b), size}, stats.options());
   C10_CUDA_CHECK(cuda::layer_norm_backward(b, data(parts), on.stream));
   return {grad_input, grad_weight, grad_bias};
 }

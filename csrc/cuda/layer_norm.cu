@@ -15,7 +15,7 @@ template <int Threads, int E>
 struct Held {
   static constexpr int kThreads = Threads, kElements = E, kSize = Threads * E;
   static constexpr int kBlock = Threads < 128 ? 128 : Threads;
-  static constexpr int kRows = kBlock / Threads;  // rows a block holds at a time
+  static constexpr int kRows = kBlock / Threads;         // rows a block holds at a time
   static constexpr int kResident = 8192 / (kBlock * E);  // blocks a multiprocessor has registers for in the backward
 };
 template <class... H>
@@ -23,8 +23,8 @@ struct HeldList {};
 using HeldForward = HeldList<
     Held<8, 8>, Held<16, 8>, Held<32, 8>, Held<32, 16>, Held<32, 32>, Held<128, 16>, Held<256, 16>, Held<512, 16>,
     Held<512, 32>>;
-using HeldBackward =
-    HeldList<Held<8, 8>, Held<16, 8>, Held<32, 8>, Held<32, 16>, Held<128, 8>, Held<128, 16>, Held<256, 16>, Held<512, 16>>;
+using HeldBackward = HeldList<
+    Held<8, 8>, Held<16, 8>, Held<32, 8>, Held<32, 16>, Held<128, 8>, Held<128, 16>, Held<256, 16>, Held<512, 16>>;
 constexpr int kLongBlock = 512;
 
 // body(Held{}) with the first of the list that holds `size` elements, or none().
@@ -291,17 +291,18 @@ template <class T>
 __global__ void __launch_bounds__(kTileThreads)
     layer_norm_bwd_affine_kernel(LayerNormBackward b, bool vectors, acc_t<T>* parts) {
   using A = acc_t<T>;
-  sum_tile<T, 2>(b.rows, b.size, vectors, parts, [&](int64_t, int64_t row, int64_t first, const auto& columns, auto& s) {
-    A g[kVector<T>], x[kVector<T>];
-    columns.load(static_cast<const T*>(b.grad_out) + row * b.grad_out_stride + first, g);
-    columns.load(static_cast<const T*>(b.input) + row * b.input_stride + first, x);
-    const A mean = static_cast<const A*>(b.mean)[row], rstd = static_cast<const A*>(b.rstd)[row];
+  sum_tile<T, 2>(
+      b.rows, b.size, vectors, parts, [&](int64_t, int64_t row, int64_t first, const auto& columns, auto& s) {
+        A g[kVector<T>], x[kVector<T>];
+        columns.load(static_cast<const T*>(b.grad_out) + row * b.grad_out_stride + first, g);
+        columns.load(static_cast<const T*>(b.input) + row * b.input_stride + first, x);
+        const A mean = static_cast<const A*>(b.mean)[row], rstd = static_cast<const A*>(b.rstd)[row];
 #pragma unroll
-    for (int v = 0; v < kVector<T>; ++v) {
-      s[0][v] += g[v] * normalized(x[v], mean, rstd);
-      s[1][v] += g[v];
-    }
-  });
+        for (int v = 0; v < kVector<T>; ++v) {
+          s[0][v] += g[v] * normalized(x[v], mean, rstd);
+          s[1][v] += g[v];
+        }
+      });
 }
 
 // ---- launches ----

@@ -1,5 +1,5 @@
-// The elementwise parts of Linear+GELU; a library's GEMM does the rest (or linear_gelu_sm90a.cu all of it). The maths is
-// in math/gelu.h.
+// The elementwise parts of Linear+GELU; a library's GEMM does the rest (or linear_gelu_sm90a.cu all of it). The maths
+// is in math/gelu.h.
 //
 // Forward moves 2 elements for each (read pre, write output), backward 3 (read grad and pre, write grad_pre).
 #include "../math/gelu.h"
@@ -42,7 +42,8 @@ __device__ void gelu_bwd(const A (&grad)[N], const A (&pre)[N], A (&grad_pre)[N]
 }
 
 template <class T, bool Tanh, int V>
-__global__ void __launch_bounds__(kThreads) gelu_bwd_kernel(int64_t count, const T* grad_out, const T* pre, T* grad_pre) {
+__global__ void __launch_bounds__(kThreads)
+    gelu_bwd_kernel(int64_t count, const T* grad_out, const T* pre, T* grad_pre) {
   each_vector<V>(count, [&](int64_t i, auto size) {
     acc_t<T> g[size()], x[size()];
     load<size()>(grad_out + i, g);

@@ -1,10 +1,11 @@
 // Linear+GELU on Hopper: one CUTLASS kernel, warp-specialised, TMA in and out. Its epilogue adds the bias, stores the
 // pre-activation and applies the GELU of math/gelu.h to the value that was stored, as two calls of torch would.
-#include <cute/tensor.hpp>
 #include <cutlass/cutlass.h>
+#include <cutlass/gemm/device/gemm_universal_adapter.h>
+
+#include <cute/tensor.hpp>
 #include <cutlass/epilogue/collective/collective_builder.hpp>
 #include <cutlass/gemm/collective/collective_builder.hpp>
-#include <cutlass/gemm/device/gemm_universal_adapter.h>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 #include <cutlass/util/packed_stride.hpp>
 
@@ -56,8 +57,8 @@ struct Kernel {
   using EpilogueSchedule = std::conditional_t<
       std::is_same_v<Schedule, LargeSchedule>, cutlass::epilogue::TmaWarpSpecializedCooperative,
       cutlass::epilogue::TmaWarpSpecialized>;
-  using Fusion = cutlass::epilogue::fusion::LinCombPerColBiasEltActAux<
-      Row, Activation<T, Tanh>::template Fn, T, float, T, T>;
+  using Fusion =
+      cutlass::epilogue::fusion::LinCombPerColBiasEltActAux<Row, Activation<T, Tanh>::template Fn, T, float, T, T>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Row, kAlign, T, Row, kAlign,

@@ -21,8 +21,8 @@ struct Sides {
   V lower, upper;
 };
 
-// log2(erfc(a / sqrt 2)), for a float 0 <= a <= 15.5: a times the minimax polynomial of log2(erfc(a / sqrt 2)) / a. Half
-// of 2 to its power is 1 - P(a), to 2.2e-8 absolute. By 14.2 that is 0 in float.
+// log2(erfc(a / sqrt 2)), for a float 0 <= a <= 15.5: a times the minimax polynomial of log2(erfc(a / sqrt 2)) / a.
+// Half of 2 to its power is 1 - P(a), to 2.2e-8 absolute. By 14.2 that is 0 in float.
 template <class V>
 NNFAST_FN V log2_erfc(V a) {
   V p = a * 5.281241399757164e-08f - 2.0457730443013133e-06f;
