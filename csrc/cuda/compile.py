@@ -98,20 +98,20 @@ def run_all(jobs: dict, workers: int) -> Iterator[tuple]:
 INSTRUCTIONS = {
     "HGMMA": r"\bHGMMA\b",
     "HMMA": r"\bHMMA\b",
-    "16-byte loads": r"\bLDG\.E\.(?:\w+\.)*128\b",
-    "16-byte stores": r"\bSTG\.E\.(?:\w+\.)*128\b",
+    # LD and ST: from and to pointers that were themselves read from memory, as in AdamW's table.
+    "16-byte loads": r"\bLDG?\.E\.(?:\w+\.)*128\b",
+    "16-byte stores": r"\bSTG?\.E\.(?:\w+\.)*128\b",
 }
 
 
 def kernel_name(mangled: str) -> str:
-    """The kernel's own name: the last identifier of the mangled one that ends in ``_kernel``."""
-    name = mangled
-    for match in re.finditer(r"\d+", mangled):
-        identifier = mangled[match.end() : match.end() + int(match[0])]
-        if identifier.endswith("_kernel"):
-            name = identifier
-            break
-    return name
+    """The kernel's own name: the identifier in the mangled one that ends in ``_kernel``, told by its length."""
+    for digits in re.finditer(r"\d+", mangled):
+        for start in range(digits.start(), digits.end()):  # more digits may stand before the length
+            identifier = mangled[digits.end() :][: int(mangled[start : digits.end()])]
+            if identifier.endswith("_kernel"):
+                return identifier
+    return mangled
 
 
 def compiler_report(said: str) -> tuple[dict[str, dict], list[str]]:

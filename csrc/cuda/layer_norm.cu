@@ -16,7 +16,6 @@ struct Held {
   static constexpr int kThreads = Threads, kElements = E, kSize = Threads * E;
   static constexpr int kBlock = Threads < 128 ? 128 : Threads;
   static constexpr int kRows = kBlock / Threads;         // rows a block holds at a time
-  static constexpr int kResident = 8192 / (kBlock * E);  // blocks a multiprocessor has registers for in the backward
 };
 template <class... H>
 struct HeldList {};
@@ -25,6 +24,9 @@ using HeldForward = HeldList<
     Held<512, 32>>;
 using HeldBackward = HeldList<
     Held<8, 8>, Held<16, 8>, Held<32, 8>, Held<32, 16>, Held<128, 8>, Held<128, 16>, Held<256, 16>, Held<512, 16>>;
+// Blocks of the backward that a multiprocessor has registers for.
+template <class H>
+constexpr int kResident = (H::kElements == 8 ? 640 : 512) / H::kBlock;
 constexpr int kLongBlock = 512;
 
 // body(Held{}) with the first of the list that holds `size` elements, or none().
@@ -159,18 +161,17 @@ __global__ void __launch_bounds__(kLongBlock) layer_norm_fwd_long_kernel(LayerNo
 
 // Persistent: a block takes row after row, writes dx, and keeps the sums for dw and db in registers to the end.
 template <class T, class W, class H>
-__global__ void __launch_bounds__(H::kBlock, H::kResident)
+__global__ void __launch_bounds__(H::kBlock, kResident<H>)
     layer_norm_bwd_kernel(LayerNormBackward b, float* parts, bool vectors) {
   constexpr int E = H::kElements;
   const int group = threadIdx.x / H::kThreads, n = static_cast<int>(b.size);
   const Columns<T, H::kThreads, E> columns{static_cast<int>(threadIdx.x % H::kThreads), n, vectors};
   const auto *grad_out = static_cast<const T*>(b.grad_out), *input = static_cast<const T*>(b.input);
-  W w[E];
+  float w[E];
   if (b.weight) columns.load(static_cast<const W*>(b.weight), w);
 
   // Zeros where this thread has no row: they add nothing to any sum.
-  T g[E], x[E];
-  float mean, rstd;
+  float g[E], x[E], mean, rstd;
   const auto fetch = [&](int64_t row) {
     if (row < b.rows) {
       columns.load(grad_out + row * b.grad_out_stride, g);
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(H::kBlock, H::kResident)
       rstd = static_cast<const float*>(b.rstd)[row];
     } else {
 #pragma unroll
-      for (int e = 0; e < E; ++e) g[e] = x[e] = T(0.0f);
+      for (int e = 0; e < E; ++e) g[e] = x[e] = 0;
       mean = rstd = 0;
     }
   };
@@ -192,10 +193,9 @@ __global__ void __launch_bounds__(H::kBlock, H::kResident)
     float s[2] = {};
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      const float grad = float(g[e]), xhat = normalized(float(x[e]), mean, rstd);
-      dw[e] += grad * xhat;
-      db[e] += grad;
-      const float grad_xhat = b.weight ? grad * float(w[e]) : grad;
+      const float xhat = normalized(x[e], mean, rstd), grad_xhat = b.weight ? g[e] * w[e] : g[e];
+      dw[e] += g[e] * xhat;
+      db[e] += g[e];
       s[0] += grad_xhat;
       s[1] += grad_xhat * xhat;
     }
@@ -208,8 +208,7 @@ __global__ void __launch_bounds__(H::kBlock, H::kResident)
     float dx[E];
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      const float grad = float(g[e]), xhat = normalized(float(x[e]), mean, rstd);
-      const float grad_xhat = b.weight ? grad * float(w[e]) : grad;
+      const float xhat = normalized(x[e], mean, rstd), grad_xhat = b.weight ? g[e] * w[e] : g[e];
       dx[e] = layer_norm_grad_input(grad_xhat, xhat, mean_grad_xhat, mean_grad_xhat_xhat, rstd);
     }
     columns.store(static_cast<T*>(b.grad_input) + row * b.size, dx);
@@ -371,7 +370,7 @@ int64_t layer_norm_parts(const LayerNormBackward& b) {
       b.size, HeldBackward{},
       [&](auto h) -> int64_t {
         using H = decltype(h);
-        const int64_t resident = int64_t(attribute(cudaDevAttrMultiProcessorCount)) * H::kResident;
+        const int64_t resident = int64_t(attribute(cudaDevAttrMultiProcessorCount)) * kResident<H>;
         return std::min((b.rows + H::kRows - 1) / H::kRows, resident);
       },
       [&] { return by_tile; });

@@ -84,7 +84,7 @@ NNFAST_FN V gelu_grad(V x) {
     const Sides<V> s = sigmoid(x * (A(1.5957691216057308) + square * A(0.07135481627260025)));
     return s.lower + x * (s.lower * s.upper) * (A(1.5957691216057308) + square * A(3 * 0.07135481627260025));
   }
-  return normal_cdf(x).lower + x * (A(0.3989422804014327) * exp(x * x * A(-0.5)));
+  return x * (A(0.3989422804014327) * exp(x * x * A(-0.5))) + normal_cdf(x).lower;
 }
 
 }  // namespace nnfast
