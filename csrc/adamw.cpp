@@ -10,15 +10,15 @@ namespace nnfast {
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   // One step for all parameters of a group: state_steps advance by one, unless found_inf is not zero, when nothing
   // changes. max_exp_avg_sqs is empty without amsgrad. Where grad_scale is given, grads are divided by it in place.
-  m.def(
-      "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-      " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, float lr, float beta1, float beta2,"
-      " float weight_decay, float eps, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
-  // lr as a 0-dim tensor on the parameters' device, which a CUDA graph reads afresh at every replay.
-  m.def(
-      "adamw_.tensor_lr(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-      " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, Tensor lr, float beta1, float beta2,"
-      " float weight_decay, float eps, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+  // tensor_lr: the learning rate is one number on the parameters' device.
+#define NNFAST_ADAMW(name, Lr)                                                                      \
+  name "(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs," \
+       " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] state_steps, *, " Lr                            \
+       " lr, float beta1, float beta2,"                                                             \
+       " float weight_decay, float eps, bool maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+  m.def(NNFAST_ADAMW("adamw_", "float"));
+  m.def(NNFAST_ADAMW("adamw_.tensor_lr", "Tensor"));
+#undef NNFAST_ADAMW
 }
 
 void adamw_(
@@ -31,11 +31,11 @@ void adamw_(
       grad_scale, found_inf);
 }
 
-void adamw_tensor_lr_(
+void adamw_tensor_lr(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
     double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
-  static const auto op = find_op<decltype(adamw_tensor_lr_)>("adamw_", "tensor_lr");
+  static const auto op = find_op<decltype(adamw_tensor_lr)>("adamw_", "tensor_lr");
   op.call(
       params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, beta1, beta2, weight_decay, eps, maximize,
       grad_scale, found_inf);
@@ -43,16 +43,17 @@ void adamw_tensor_lr_(
 
 bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const Tensor& max_exp_avg_sq, const Tensor& step) {
+    const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes) {
   const auto type = param.scalar_type();
   const auto single = [](at::ScalarType t) { return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf; };
-  if (!single(type) && type != at::kDouble) return false;
+  if (!single(type) && (type != at::kDouble || !param.is_cpu())) return false;
+  // torch keeps the step on the CPU, or with the parameter where it is capturable or fused.
   if (step.scalar_type() != at::kFloat || step.numel() != 1) return false;
   if (!step.device().is_cpu() && step.device() != param.device()) return false;
   // The state lies in memory as the parameter does, without gaps; the gradient may lie in another order.
   const auto like = [&](const Tensor& t) {
-    const bool mixed = param.is_cuda() && single(type) && single(t.scalar_type());
-    return (t.scalar_type() == type || mixed) && t.device() == param.device() && t.sizes() == param.sizes();
+    const bool same = t.scalar_type() == type || (mixed_dtypes && single(type) && single(t.scalar_type()));
+    return same && t.device() == param.device() && t.sizes() == param.sizes();
   };
   const auto beside = [&](const Tensor& t) {
     return like(t) && t.strides() == param.strides() && t.scalar_type() == exp_avg.scalar_type();
@@ -64,13 +65,18 @@ bool covers_adamw(
 namespace {
 
 template <class Lr>
+using AdamW = void(
+    at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, Lr, double, double,
+    double, double, bool, const OptTensor&, const OptTensor&);
+
+template <class Lr>
 void adamw_meta(
     at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, at::TensorList, Lr, double, double,
     double, double, bool, const OptTensor&, const OptTensor&) {}
 
 // What torch's own in-place ops do around the change: refuse a leaf that is being recorded, and count the version up,
 // so that a graph which saved the old value notices.
-template <class Lr, auto step>
+template <class Lr, AdamW<Lr> op>
 void adamw_autograd(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, Lr lr, double beta1, double beta2, double weight_decay,
@@ -78,9 +84,8 @@ void adamw_autograd(
   if (at::GradMode::is_enabled())
     for (const auto& p : params) torch::autograd::check_inplace(p, p.requires_grad());
   at::AutoDispatchBelowADInplaceOrView guard;
-  step(
-      params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, beta1, beta2, weight_decay, eps, maximize,
-      grad_scale, found_inf);
+  op(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, beta1, beta2, weight_decay, eps, maximize,
+     grad_scale, found_inf);
   const auto changed = [](at::TensorList list) {
     for (const auto& t : list)
       if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
@@ -97,7 +102,7 @@ TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("adamw_", adamw_autograd<double, adamw_>);
-  m.impl("adamw_.tensor_lr", adamw_autograd<const Tensor&, adamw_tensor_lr_>);
+  m.impl("adamw_.tensor_lr", adamw_autograd<const Tensor&, adamw_tensor_lr>);
 }
 
 }  // namespace nnfast

@@ -40,15 +40,17 @@ bool covers_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias) {
   const auto dtype = input.scalar_type();
   const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
-  if (!half && dtype != at::kFloat && dtype != at::kDouble) return false;
+  if (!half && dtype != at::kFloat && (dtype != at::kDouble || !input.is_cpu())) return false;
   const auto dim = input.dim(), ndim = (int64_t)normalized_shape.size();
   if (ndim < 1 || dim < ndim || !input.sizes().slice(dim - ndim).equals(normalized_shape)) return false;
-  // Weight and bias share one dtype: the input's, or float beside a 16-bit input.
+  // Weight and bias share one dtype: the input's, or float beside a 16-bit input. On a GPU torch allows that only where
+  // autocast brings all to float.
+  const bool beside = half && (input.is_cpu() || at::autocast::is_autocast_enabled(input.device().type()));
   std::optional<at::ScalarType> affine;
   for (const auto* t : {&weight, &bias}) {
     if (!defined(*t)) continue;
     const auto type = (*t)->scalar_type();
-    if (type != affine.value_or(type) || !(type == dtype || (half && type == at::kFloat))) return false;
+    if (type != affine.value_or(type) || !(type == dtype || (beside && type == at::kFloat))) return false;
     if ((*t)->device() != input.device() || !(*t)->sizes().equals(normalized_shape)) return false;
     affine = type;
   }

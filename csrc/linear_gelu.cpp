@@ -54,6 +54,7 @@ bool known_dtype(at::ScalarType t) {
 }  // namespace
 
 bool covers_gelu(const Tensor& input, c10::string_view approximate) {
+  if (input.scalar_type() == at::kDouble && !input.is_cpu()) return false;
   return known_dtype(input.scalar_type()) && (approximate == "none" || approximate == "tanh");
 }
 

@@ -41,7 +41,7 @@ bool any_needs_grad(const T&... t) {
 // No functorch transform, no dispatch or function mode, no tracing, no forward-mode AD.
 bool ordinary_thread();
 
-// Strided, dense, on a device whose kernels are there.
+// Strided, dense, on a CPU or a GPU.
 bool ordinary(const Tensor& t);
 inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }
 
@@ -49,10 +49,11 @@ bool covers_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
-// One parameter with its gradient and state.
+// One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come
+// in another 16-bit type or float than the parameter.
 bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const Tensor& max_exp_avg_sq, const Tensor& step);
+    const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes = false);
 
 // ---- the ops; their schemas and what they do are in layer_norm.cpp, linear_gelu.cpp and adamw.cpp ----
 
@@ -73,7 +74,7 @@ void adamw_(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
     double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
-void adamw_tensor_lr_(
+void adamw_tensor_lr(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
     double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);

@@ -7,8 +7,10 @@
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <array>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -43,17 +45,30 @@ bool ordinary_thread() {
 }
 
 bool ordinary(const Tensor& t) {
-  static const c10::DispatchKeySet plain = c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::autocast_dispatch_keyset |
+  static const c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
+                                           c10::autocast_dispatch_keyset |
                                            c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-  return cpu_kernels() && within(t.key_set(), plain);
+  return within(t.key_set(), plain);
 }
 
 namespace {
 
-// "torch" under use_backend("torch"): the gate is closed.
-thread_local bool closed = false;
+enum class Backend { torch, cpu, cuda, triton };
 
-bool open() { return !closed && ordinary_thread(); }
+// What use_backend() holds this thread to.
+thread_local std::optional<Backend> held;
+
+enum Op { kLayerNorm, kGelu, kLinearGelu, kAdamW };
+constexpr std::array<const char*, 4> kOps = {"layer_norm", "gelu", "linear_gelu", "adamw_"};
+
+// Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
+// Python registers and then says so.
+std::array<Backend, 4> in_cpp, on_gpu;
+
+bool open(Op op, const Tensor& t) {
+  const auto owner = !t.is_cpu() ? on_gpu[op] : cpu_kernels() ? Backend::cpu : Backend::torch;
+  return owner != Backend::torch && owner == held.value_or(owner) && ordinary_thread();
+}
 
 // A tensor of exactly torch's type, or None.
 bool is_plain(PyObject* o) { return THPVariable_CheckExact(o); }
@@ -98,12 +113,13 @@ PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 5) return wrong_arguments("layer_norm(input, normalized_shape, weight, bias, eps)");
   at::DimVector shape;
   double eps;
-  if (!open() || !is_plain(args[0]) || !is_plain_or_none(args[2]) || !is_plain_or_none(args[3]) ||
-      !unpack_sizes(args[1], shape) || !unpack_double(args[4], eps))
+  if (!is_plain(args[0]) || !is_plain_or_none(args[2]) || !is_plain_or_none(args[3]) || !unpack_sizes(args[1], shape) ||
+      !unpack_double(args[4], eps))
     Py_RETURN_NONE;
   const Tensor& input = THPVariable_Unpack(args[0]);
   const OptTensor weight = optional_tensor(args[2]), bias = optional_tensor(args[3]);
-  if (!ordinary(input) || !ordinary(weight) || !ordinary(bias) || !covers_layer_norm(input, shape, weight, bias))
+  if (!open(kLayerNorm, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
+      !covers_layer_norm(input, shape, weight, bias))
     Py_RETURN_NONE;
   Tensor output;
   {
@@ -119,9 +135,9 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2) return wrong_arguments("gelu(input, approximate)");
   c10::string_view approximate;
-  if (!open() || !is_plain(args[0]) || !unpack_string(args[1], approximate)) Py_RETURN_NONE;
+  if (!is_plain(args[0]) || !unpack_string(args[1], approximate)) Py_RETURN_NONE;
   const Tensor& input = THPVariable_Unpack(args[0]);
-  if (!ordinary(input) || !covers_gelu(input, approximate)) Py_RETURN_NONE;
+  if (!open(kGelu, input) || !ordinary(input) || !covers_gelu(input, approximate)) Py_RETURN_NONE;
   Tensor output;
   {
     pybind11::gil_scoped_release no_gil;
@@ -136,12 +152,12 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4) return wrong_arguments("linear_gelu(input, weight, bias, approximate)");
   c10::string_view approximate;
-  if (!open() || !is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2]) ||
-      !unpack_string(args[3], approximate))
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2]) || !unpack_string(args[3], approximate))
     Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
-  if (!ordinary(input) || !ordinary(weight) || !ordinary(bias) || !covers_linear_gelu(input, weight, bias, approximate))
+  if (!open(kLinearGelu, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
+      !covers_linear_gelu(input, weight, bias, approximate))
     Py_RETURN_NONE;
   Tensor output;
   {
@@ -176,13 +192,28 @@ struct AdamWGroup {
   Borrowed params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps;
   int64_t elements = 0;
   double lr, beta1, beta2, weight_decay, eps;
+  Tensor device_lr;  // in place of lr, where that is a tensor on a GPU
   bool maximize;
 
   void step(const OptTensor& grad_scale, const OptTensor& found_inf) const {
     if (params.tensors().empty()) return;
-    adamw_(
-        params.tensors(), grads.tensors(), exp_avgs.tensors(), exp_avg_sqs.tensors(), max_exp_avg_sqs.tensors(),
-        state_steps.tensors(), lr, beta1, beta2, weight_decay, eps, maximize, grad_scale, found_inf);
+    const auto call = [&](auto op, const auto& rate) {
+      op(params.tensors(), grads.tensors(), exp_avgs.tensors(), exp_avg_sqs.tensors(), max_exp_avg_sqs.tensors(),
+         state_steps.tensors(), rate, beta1, beta2, weight_decay, eps, maximize, grad_scale, found_inf);
+    };
+    device_lr.defined() ? call(adamw_tensor_lr, device_lr) : call(adamw_, lr);
+  }
+
+  // On one device, with their steps: there, or all on the CPU; and the numbers of a GradScaler with them.
+  bool on_one_device(const OptTensor& grad_scale, const OptTensor& found_inf) const {
+    if (params.tensors().empty()) return true;
+    const auto device = params.tensors()[0].device(), steps = state_steps.tensors()[0].device();
+    const auto there = [&](const OptTensor& t) { return !defined(t) || t->device() == device; };
+    for (const auto& p : params.tensors())
+      if (p.device() != device) return false;
+    for (const auto& s : state_steps.tensors())
+      if (s.device() != steps) return false;
+    return there(grad_scale) && there(found_inf) && (!device_lr.defined() || device_lr.device() == device);
   }
 };
 
@@ -266,10 +297,12 @@ bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
     return false;
   PyObject *lr = PyDict_GetItem(group, k_lr), *betas = PyDict_GetItem(group, k_betas);
   // torch refuses a tensor lr with foreach=True, and says so.
-  if (capturable || differentiable || !decoupled || (foreach && lr && is_plain(lr))) return false;
+  if (differentiable || !decoupled || (foreach && lr && is_plain(lr))) return false;
   if (!betas || !PyTuple_Check(betas) || PyTuple_GET_SIZE(betas) != 2) return false;
-  if (!number(lr, out.lr) || !unpack_double(PyTuple_GET_ITEM(betas, 0), out.beta1) ||
-      !unpack_double(PyTuple_GET_ITEM(betas, 1), out.beta2) ||
+  const bool device_lr = lr && is_plain(lr) && THPVariable_Unpack(lr).is_cuda();
+  if (device_lr) out.device_lr = THPVariable_Unpack(lr);
+  if (device_lr ? !ordinary(out.device_lr) || out.device_lr.numel() != 1 : !number(lr, out.lr)) return false;
+  if (!unpack_double(PyTuple_GET_ITEM(betas, 0), out.beta1) || !unpack_double(PyTuple_GET_ITEM(betas, 1), out.beta2) ||
       !number(PyDict_GetItem(group, k_weight_decay), out.weight_decay) ||
       !number(PyDict_GetItem(group, k_eps), out.eps))
     return false;
@@ -292,7 +325,10 @@ bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
       if (!values[k] || !is_plain(values[k]) || !ordinary(THPVariable_Unpack(values[k]))) return false;
     const Tensor &step = THPVariable_Unpack(values[0]), &exp_avg = THPVariable_Unpack(values[1]),
                  &exp_avg_sq = THPVariable_Unpack(values[2]), &top = amsgrad ? THPVariable_Unpack(values[3]) : none;
-    if (!ordinary(param) || !ordinary(grad) || !covers_adamw(param, grad, exp_avg, exp_avg_sq, top, step)) return false;
+    if (!open(kAdamW, param) || !ordinary(param) || !ordinary(grad) ||
+        !covers_adamw(param, grad, exp_avg, exp_avg_sq, top, step))
+      return false;
+    if (capturable && !step.is_cuda()) return false;  // torch's own error
     out.params.add(param);
     out.grads.add(grad);
     out.exp_avgs.add(exp_avg);
@@ -312,15 +348,16 @@ constexpr int64_t kReleaseGil = int64_t(1) << 24;
 PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4) return wrong_arguments("adamw_(param_groups, state, grad_scale, found_inf)");
-  if (!open() || !PyList_Check(args[0]) || !PyDict_Check(args[1]) || !is_plain_or_none(args[2]) ||
+  if (!ordinary_thread() || !PyList_Check(args[0]) || !PyDict_Check(args[1]) || !is_plain_or_none(args[2]) ||
       !is_plain_or_none(args[3]))
     Py_RETURN_FALSE;
+  const OptTensor grad_scale = optional_tensor(args[2]), found_inf = optional_tensor(args[3]);
   // Every group is read before any is changed.
   std::vector<AdamWGroup> groups(PyList_GET_SIZE(args[0]));
   StateReader state(args[1]);
   for (size_t i = 0; i < groups.size(); ++i)
-    if (!read_group(PyList_GET_ITEM(args[0], i), state, groups[i])) Py_RETURN_FALSE;
-  const OptTensor grad_scale = optional_tensor(args[2]), found_inf = optional_tensor(args[3]);
+    if (!read_group(PyList_GET_ITEM(args[0], i), state, groups[i]) || !groups[i].on_one_device(grad_scale, found_inf))
+      Py_RETURN_FALSE;
   for (const auto& g : groups) {
     if (g.elements < kReleaseGil) {
       g.step(grad_scale, found_inf);
@@ -336,11 +373,34 @@ PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// close(bool) -> bool: closes or opens the gate for this thread, and says how it was.
-PyObject* py_close(PyObject*, PyObject* value) {
-  const bool before = closed;
-  closed = PyObject_IsTrue(value) == 1;
-  return PyBool_FromLong(before);
+// hold(name or None): what this thread is held to.
+PyObject* py_hold(PyObject*, PyObject* name) {
+  static const std::pair<const char*, Backend> names[] = {
+      {"torch", Backend::torch}, {"cpu", Backend::cpu}, {"cuda", Backend::cuda}, {"triton", Backend::triton}};
+  held.reset();
+  for (const auto& [known, backend] : names)
+    if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, known) == 0) held = backend;
+  Py_RETURN_NONE;
+}
+
+// cuda_kernels() -> the ops that C++ serves on a GPU
+PyObject* py_cuda_kernels(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  py::list ops;
+  for (size_t op = 0; op < kOps.size(); ++op)
+    if (in_cpp[op] == Backend::cuda) ops.append(kOps[op]);
+  return ops.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+// triton_kernels(ops): those that Triton serves on a GPU from now on; the others are C++'s again, or torch's.
+PyObject* py_triton_kernels(PyObject*, PyObject* ops) {
+  HANDLE_TH_ERRORS
+  on_gpu = in_cpp;
+  for (size_t op = 0; op < kOps.size(); ++op)
+    if (py::handle(ops).contains(kOps[op])) on_gpu[op] = Backend::triton;
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
 }
 
 // cpu_kernels() -> "avx512", "avx2" or None
@@ -353,9 +413,14 @@ PyObject* py_cpu_kernels(PyObject*, PyObject*) {
 
 #define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
-    FAST("layer_norm", py_layer_norm),    FAST("gelu", py_gelu),
-    FAST("linear_gelu", py_linear_gelu),  FAST("adamw_", py_adamw_),
-    {"close", py_close, METH_O, nullptr}, {"cpu_kernels", py_cpu_kernels, METH_NOARGS, nullptr},
+    FAST("layer_norm", py_layer_norm),
+    FAST("gelu", py_gelu),
+    FAST("linear_gelu", py_linear_gelu),
+    FAST("adamw_", py_adamw_),
+    {"hold", py_hold, METH_O, nullptr},
+    {"cpu_kernels", py_cpu_kernels, METH_NOARGS, nullptr},
+    {"cuda_kernels", py_cuda_kernels, METH_NOARGS, nullptr},
+    {"triton_kernels", py_triton_kernels, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
@@ -363,4 +428,13 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr
 }  // namespace
 }  // namespace nnfast
 
-PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&nnfast::module); }
+PyMODINIT_FUNC PyInit__C() {
+  using namespace nnfast;
+  auto& dispatcher = c10::Dispatcher::singleton();
+  for (size_t op = 0; op < kOps.size(); ++op) {
+    const auto handle = dispatcher.findSchemaOrThrow((std::string("nnfast::") + kOps[op]).c_str(), "");
+    const bool there = handle.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+    on_gpu[op] = in_cpp[op] = there ? Backend::cuda : Backend::torch;
+  }
+  return PyModule_Create(&module);
+}

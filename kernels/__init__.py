@@ -1,1 +1,30 @@
-"""The Triton kernels, one file an op; installed as ``nnfast.kernels``."""
+"""The Triton kernels, one file an op; installed as ``nnfast.kernels``.
+
+Importing this package imports neither Triton nor a kernel: that happens at the first call of an op.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+
+#: The ops that Triton serves, and the file of each. GELU alone is not among them: torch's own is bound by memory too,
+#: and cheaper to launch.
+OPS = {
+    "layer_norm": "layer_norm",
+    "layer_norm_backward": "layer_norm",
+    "linear_gelu": "linear_gelu",
+    "linear_gelu_backward": "linear_gelu",
+    "adamw_": "adamw",
+    "adamw_.tensor_lr": "adamw",
+}
+
+
+def launcher(op: str) -> Callable:
+    """The function that serves ``op``, with its schema's arguments."""
+
+    @functools.cache
+    def load() -> Callable:
+        name = op.partition(".")[0].rstrip("_") + "_triton"
+        return getattr(importlib.import_module(f"nnfast.kernels.{OPS[op]}"), name)
+
+    return lambda *args, **kwargs: load()(*args, **kwargs)

@@ -1,5 +1,6 @@
 """``python -m nnfast``: what runs here, and which kernel serves each op on each device, and why."""
 
+import importlib.util
 import platform
 import sys
 
@@ -14,18 +15,7 @@ OPS = ("layer_norm", "gelu", "linear_gelu", "adamw_")
 def rows() -> list[tuple[str, str, str, str]]:
     """(op, device, who serves it, why) for every op and device of this machine."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return [(op, device, *serves(device)) for device in devices for op in OPS]
-
-
-def serves(device: str) -> tuple[str, str]:
-    forced = backend.forced()
-    if forced is not None:
-        return forced, "NNFAST_BACKEND asks for it"
-    for name in ("cuda", "triton") if device == "cuda" else ("cpu",):
-        why_not = backend.available(name)
-        if not why_not:
-            return f"nnfast {name} ({backend.native.cpu_kernels()})", "float32, bfloat16, float16, float64"
-    return "torch", why_not
+    return [(op, device, *backend.server(op, device)) for device in devices for op in OPS]
 
 
 def main() -> int:
@@ -33,6 +23,7 @@ def main() -> int:
     print(f"CPU     torch uses {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"GPU     {gpu}")
+    print(f"Triton  {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
     print(f"native  {'loaded' if backend.native else backend.why_not}")
     print()
     table = [("op", "device", "served by", "because"), *rows()]

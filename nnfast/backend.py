@@ -5,6 +5,8 @@ The registry of kernels is PyTorch's dispatcher, and the gate that decides call 
 """
 
 import contextlib
+import functools
+import importlib.util
 import os
 import threading
 import warnings
@@ -13,6 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from nnfast import kernels
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
@@ -49,6 +53,7 @@ native, why_not = _load()
 
 class _Forced(threading.local):
     name: str | None = os.environ.get("NNFAST_BACKEND") or None
+    overriding = False  # whether this thread wants Triton's kernels in the place of C++'s
 
 
 _forced = _Forced()
@@ -66,7 +71,57 @@ def available(name: str) -> str:
         if native.cpu_kernels() is None:
             return f"this CPU offers neither AVX2 nor AVX-512 to torch ({torch.backends.cpu.get_cpu_capability()})"
         return ""
-    return f"this version of nnfast has no {name} kernels yet"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    if name == "triton":
+        return no_triton()
+    if native is None:
+        return why_not
+    return "" if native.cuda_kernels() else "nnfast was built without CUDA kernels"
+
+
+def server(op: str, device: str) -> tuple[str, str]:
+    """Who serves ``op`` on a device of this kind, ``"cpu"`` or ``"cuda"``, and why."""
+    if forced() is not None:
+        return forced(), "it was asked for"
+    if why := available("cpu") if device == "cpu" else available("cuda") and available("triton"):
+        return "torch", why
+    if device == "cpu":
+        return "cpu", f"{native.cpu_kernels()}: float32, bfloat16, float16, float64"
+    covered = "float32, bfloat16, float16"
+    if native and op in native.cuda_kernels():
+        return "cuda", covered
+    if why := no_triton():
+        return "torch", f"not among the CUDA kernels, and {why}"
+    covered += "" if native else "; without the extension, a few microseconds more a call"
+    return ("triton", covered) if op in kernels.OPS else ("torch", "as fast as a kernel of ours would be")
+
+
+@functools.cache
+def no_triton() -> str:
+    """Why Triton's kernels cannot be used with this torch, or ""; asked without importing Triton."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "torch is built for CPUs alone"
+    return "" if importlib.util.find_spec("triton") else "Triton is not installed"
+
+
+# Triton's kernels at the CUDA key of the dispatcher (HIP's too), as long as this lives.
+_library: torch.library.Library | None = None
+# How many threads want them in the place of C++'s.
+_overriding, _lock = 0, threading.Lock()
+
+
+def _register(override: bool) -> None:
+    """Put Triton's kernels where C++ left the CUDA key empty, or everywhere. Neither imports nor compiles them."""
+    global _library
+    if _library is not None:
+        _library._destroy()
+    _library = torch.library.Library("nnfast", "IMPL")
+    empty = [op for op in kernels.OPS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"nnfast::{op}", "CUDA")]
+    ops = list(kernels.OPS) if override else empty
+    for op in ops:
+        _library.impl(op, kernels.launcher(op), "CUDA", allow_override=override)
+    native.triton_kernels(ops)
 
 
 def forced() -> str | None:
@@ -79,7 +134,18 @@ def _force(name: str | None) -> None:
         raise RuntimeError(f"nnfast: backend {name!r} was asked for, but {why}")
     _forced.name = name
     if native is not None:
-        native.close(name == "torch")
+        _override(name == "triton")
+        native.hold(name)
+
+
+def _override(wanted: bool) -> None:
+    global _overriding
+    with _lock:
+        before = _overriding
+        _overriding += wanted - _forced.overriding
+        _forced.overriding = wanted
+        if bool(_overriding) != bool(before):
+            _register(override=wanted)
 
 
 @contextlib.contextmanager
@@ -87,7 +153,9 @@ def use_backend(name: str) -> Iterator[None]:
     """Hold every nnfast op of this thread to one backend, for tests and benchmarks.
 
     Args:
-        name: ``"cpu"`` (the native kernels), ``"torch"`` (torch's own ops), ``"cuda"`` or ``"triton"``.
+        name: ``"cpu"`` (the native kernels), ``"torch"`` (torch's own ops), ``"cuda"`` (kernels compiled with the
+            extension) or ``"triton"``. The last puts Triton's kernels at the CUDA key of PyTorch's dispatcher, so other
+            threads that hold to no backend see them too until the block ends.
 
     Raises:
         RuntimeError: at once where the backend is not to be had here, and at the call where it does not cover the
@@ -110,5 +178,7 @@ def torch_serves(op: str) -> None:
         )
 
 
+if native is not None and not no_triton():
+    _register(override=False)
 if native is not None and _forced.name is not None:
     _force(_forced.name)

@@ -11,16 +11,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as _F
 
+from nnfast import portable
 from nnfast.backend import native, torch_serves
 
-
-def _nothing(*_):
-    return None
-
-
-_layer_norm = native.layer_norm if native else _nothing
-_gelu = native.gelu if native else _nothing
-_linear_gelu = native.linear_gelu if native else _nothing
+_ours = native or portable
+_layer_norm, _gelu, _linear_gelu = _ours.layer_norm, _ours.gelu, _ours.linear_gelu
 
 
 def layer_norm(

@@ -49,9 +49,8 @@ def test_submodules_are_import_targets():
                 assert sys.modules[found.name].__spec__.name == found.name, "torch's module was written to"
     from nnfast.nn.utils import clip_grad_norm_
     from nnfast.nn.utils.parametrizations import weight_norm
-    from nnfast.optim.lr_scheduler import CosineAnnealingLR
-
     from nnfast.optim.adamw import AdamW, adamw
+    from nnfast.optim.lr_scheduler import CosineAnnealingLR
 
     assert clip_grad_norm_ is torch.nn.utils.clip_grad_norm_
     assert weight_norm is torch.nn.utils.parametrizations.weight_norm

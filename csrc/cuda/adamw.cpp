@@ -119,10 +119,10 @@ void step(
                  (!amsgrad || max_exp_avg_sqs.size() == n);
   const Tensor none;
   for (size_t i = 0; covered && i < n; ++i)
-    covered =
-        params[i].device() == params[0].device() && state_steps[i].is_cpu() != on_device &&
-        covers_adamw(
-            params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], amsgrad ? max_exp_avg_sqs[i] : none, state_steps[i]);
+    covered = params[i].device() == params[0].device() && state_steps[i].is_cpu() != on_device &&
+              covers_adamw(
+                  params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], amsgrad ? max_exp_avg_sqs[i] : none, state_steps[i],
+                  /*mixed_dtypes=*/true);
   TORCH_CHECK_NOT_IMPLEMENTED(covered, "nnfast::adamw_ does not cover this call; nnfast.optim.AdamW hands it to torch");
   const On on(params[0]);
   const float *scale = device_float(grad_scale, params[0], "grad_scale"),

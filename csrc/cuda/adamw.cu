@@ -14,12 +14,12 @@ constexpr int kThreads = 256,
 template <class T>
 struct Known {
   T* p;
-  template <int N, class A>
-  __device__ void load(int64_t i, A (&x)[N]) const {
+  template <int N>
+  __device__ void load(int64_t i, float (&x)[N]) const {
     cuda::load<N>(p + i, x);
   }
-  template <int N, class A>
-  __device__ void store(int64_t i, const A (&x)[N]) const {
+  template <int N>
+  __device__ void store(int64_t i, const float (&x)[N]) const {
     cuda::store<N>(p + i, x);
   }
 };
@@ -46,19 +46,19 @@ struct Any {
 };
 
 // Elements [begin, end) of a tensor. V of them at a time: 16 bytes or more of each of its arrays.
-template <class A, int V, class P, class G, class M>
+template <int V, class P, class G, class M>
 __device__ void update(
-    const AdamWTensor& t, P param, G grad, M exp_avg, M exp_avg_sq, M max_exp_avg_sq, const AdamWStep<A>& step,
+    const AdamWTensor& t, P param, G grad, M exp_avg, M exp_avg_sq, M max_exp_avg_sq, const AdamWStep<float>& step,
     bool maximize, const float* grad_scale, int64_t begin, int64_t end) {
   const auto at = [&](int64_t i, auto size) {
     constexpr int N = size();
-    A p[N], g[N], m[N], v[N];
+    float p[N], g[N], m[N], v[N];
     param.load(i, p);
     grad.load(i, g);
     exp_avg.load(i, m);
     exp_avg_sq.load(i, v);
     if (grad_scale) {
-      const A scale = *grad_scale;
+      const float scale = *grad_scale;
 #pragma unroll
       for (auto& a : g) a = a / scale;
       grad.store(i, g);
@@ -68,7 +68,7 @@ __device__ void update(
     exp_avg.store(i, m);
     exp_avg_sq.store(i, v);
     if (t.max_exp_avg_sq) {
-      A top[N];
+      float top[N];
       max_exp_avg_sq.load(i, top);
 #pragma unroll
       for (int j = 0; j < N; ++j) v[j] = top[j] = v[j] > top[j] || v[j] != v[j] ? v[j] : top[j];  // a NaN stays
@@ -87,10 +87,10 @@ __device__ void update(
   for (; i < end; i += kThreads) at(i, std::integral_constant<int, 1>{});
 }
 
-template <class T, class A, int V>
-__device__ void update(const AdamWTensor& t, const AdamWStep<A>& step, const AdamW& a, int64_t begin, int64_t end) {
+template <class T, int V>
+__device__ void update(const AdamWTensor& t, const AdamWStep<float>& step, const AdamW& a, int64_t begin, int64_t end) {
   const auto known = [](void* p) { return Known<T>{static_cast<T*>(p)}; };
-  update<A, V>(
+  update<V>(
       t, known(t.param), known(t.grad), known(t.exp_avg), known(t.exp_avg_sq), known(t.max_exp_avg_sq), step,
       a.maximize, a.grad_scale, begin, end);
 }
@@ -116,28 +116,22 @@ __global__ void __launch_bounds__(kThreads, kResident) adamw_kernel(const __grid
   if (a.found_inf && *a.found_inf != 0) return;
   const AdamWChunk chunk = a.chunks[blockIdx.x];
   AdamWTensor& t = a.tensors[chunk.tensor];
-  __shared__ AdamWStep<double> exact;
-  __shared__ AdamWStep<float> single;
-  if (threadIdx.x == 0) {
-    exact = scalars(a, t);
-    single = AdamWStep<float>(exact);
-  }
+  __shared__ AdamWStep<float> step;
+  if (threadIdx.x == 0) step = AdamWStep<float>(scalars(a, t));
   __syncthreads();
   const int64_t begin = chunk.index * kAdamWChunk, end = t.size < begin + kAdamWChunk ? t.size : begin + kAdamWChunk;
   const DType dtype = t.param_dtype;
   if (dtype != t.grad_dtype || dtype != t.moments_dtype)
-    update<float, 4>(
+    update<4>(
         t, Any{t.param, dtype}, Any{t.grad, t.grad_dtype}, Any{t.exp_avg, t.moments_dtype},
-        Any{t.exp_avg_sq, t.moments_dtype}, Any{t.max_exp_avg_sq, t.moments_dtype}, single, a.maximize, a.grad_scale,
+        Any{t.exp_avg_sq, t.moments_dtype}, Any{t.max_exp_avg_sq, t.moments_dtype}, step, a.maximize, a.grad_scale,
         begin, end);
   else if (dtype == DType::f32)
-    update<float, float, 4>(t, single, a, begin, end);
+    update<float, 4>(t, step, a, begin, end);
   else if (dtype == DType::bf16)
-    update<bf16, float, 8>(t, single, a, begin, end);
-  else if (dtype == DType::f16)
-    update<f16, float, 8>(t, single, a, begin, end);
+    update<bf16, 8>(t, step, a, begin, end);
   else
-    update<double, double, 2>(t, exact, a, begin, end);
+    update<f16, 8>(t, step, a, begin, end);
 }
 
 }  // namespace

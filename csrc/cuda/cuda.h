@@ -13,7 +13,6 @@ namespace nnfast::cuda {
 inline DType dtype_of(const at::Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat: return DType::f32;
-    case at::kDouble: return DType::f64;
     case at::kBFloat16: return DType::bf16;
     case at::kHalf: return DType::f16;
     default: TORCH_CHECK_NOT_IMPLEMENTED(false, "nnfast has no CUDA kernel for ", t.scalar_type());

@@ -15,10 +15,6 @@ namespace nnfast::cuda {
 using bf16 = __nv_bfloat16;
 using f16 = __half;
 
-// What the arithmetic of a stored type is done in.
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 template <class T>
 constexpr int kVector = 16 / sizeof(T);  // elements of a 16-byte access
 
@@ -26,7 +22,6 @@ constexpr int kVector = 16 / sizeof(T);  // elements of a 16-byte access
 template <class Body>
 auto visit(DType t, Body body) {
   switch (t) {
-    case DType::f64: return body(double{});
     case DType::bf16: return body(bf16{});
     case DType::f16: return body(f16{});
     default: return body(float{});
@@ -124,21 +119,21 @@ struct Columns {
 
 // The sums of K values each over `Threads` threads side by side, in a fixed order, for all of them. More threads than a
 // warp are the whole block; calls that may follow one another without a barrier between them take turns with `Slot`.
-template <int Threads, int K, int Slot, class A>
-__device__ void sum_over_threads(A (&s)[K]) {
+template <int Threads, int K, int Slot>
+__device__ void sum_over_threads(float (&s)[K]) {
 #pragma unroll
   for (int offset = std::min(Threads, 32) / 2; offset > 0; offset /= 2)
 #pragma unroll
     for (int k = 0; k < K; ++k) s[k] += __shfl_xor_sync(~0u, s[k], offset);
   if constexpr (Threads > 32) {
-    __shared__ A parts[Threads / 32][K];
+    __shared__ float parts[Threads / 32][K];
     if (threadIdx.x % 32 == 0)
 #pragma unroll
       for (int k = 0; k < K; ++k) parts[threadIdx.x / 32][k] = s[k];
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      A sum = 0;
+      float sum = 0;
 #pragma unroll
       for (int w = 0; w < Threads / 32; ++w) sum += parts[w][k];
       s[k] = sum;
@@ -166,29 +161,28 @@ dim3 tile_grid(int64_t rows, int64_t n) {
 }
 
 template <class T, int K, class Body>
-__device__ void sum_tile(int64_t rows, int64_t n, bool vectors, acc_t<T>* parts, Body body) {
+__device__ void sum_tile(int64_t rows, int64_t n, bool vectors, float* parts, Body body) {
   constexpr int V = kVector<T>;
-  using A = acc_t<T>;
   const int64_t first = int64_t(blockIdx.x) * 32 * V;
   const int width = n - first < 32 * V ? int(n - first) : 32 * V;
   const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
   const Columns<T, 32, V> columns{lane, width, vectors};
-  A s[K][V] = {};
+  float s[K][V] = {};
   for (int64_t row = int64_t(blockIdx.y) * kTileRows + line; row < rows; row += int64_t(gridDim.y) * kTileRows)
     body(row * n + first, row, first, columns, s);
-  __shared__ A lines[kTileRows][K][V][32];
+  __shared__ float lines[kTileRows][K][V][32];
 #pragma unroll
   for (int k = 0; k < K; ++k)
 #pragma unroll
     for (int v = 0; v < V; ++v) lines[line][k][v][lane] = s[k][v];
   __syncthreads();
   if (line >= K) return;  // warp k adds up the lines of sum k
-  A total[V] = {};
+  float total[V] = {};
 #pragma unroll
   for (int l = 0; l < kTileRows; ++l)
 #pragma unroll
     for (int v = 0; v < V; ++v) total[v] += lines[l][line][v][lane];
-  A* part = parts + (int64_t(line) * gridDim.y + blockIdx.y) * n + first;
+  float* part = parts + (int64_t(line) * gridDim.y + blockIdx.y) * n + first;
 #pragma unroll
   for (int v = 0; v < V; ++v)
     if (columns.inside(v)) part[columns.column(v)] = total[v];
@@ -197,41 +191,36 @@ __device__ void sum_tile(int64_t rows, int64_t n, bool vectors, acc_t<T>* parts,
 // Second step: out[blockIdx.y][column] = the sum of `count` parts.
 constexpr int kSumLines = 16;
 
-template <class A, class Out>
+template <class Out>
 __global__ void __launch_bounds__(32 * kSumLines)
-    sum_parts_kernel(const A* parts, int64_t count, int64_t n, Out* first, Out* second) {
+    sum_parts_kernel(const float* parts, int64_t count, int64_t n, Out* first, Out* second) {
   const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
   const int64_t column = int64_t(blockIdx.x) * 32 + lane;
   Out* out = blockIdx.y ? second : first;
   if (!out) return;
   parts += blockIdx.y * count * n;
-  A s = 0;
+  float s = 0;
   if (column < n)
 #pragma unroll 4
     for (int64_t k = line; k < count; k += kSumLines) s += parts[k * n + column];
-  __shared__ A lines[kSumLines][32];
+  __shared__ float lines[kSumLines][32];
   lines[line][lane] = s;
   __syncthreads();
   if (line || column >= n) return;
-  A total = 0;
+  float total = 0;
 #pragma unroll
   for (int l = 0; l < kSumLines; ++l) total += lines[l][lane];
   out[column] = Out(total);
 }
 
-template <class A>
-cudaError_t sum_parts(
-    const void* parts, int64_t count, int64_t n, DType out, void* first, void* second, cudaStream_t stream) {
+inline cudaError_t sum_parts(
+    const float* parts, int64_t count, int64_t n, DType out, void* first, void* second, cudaStream_t stream) {
   if (!n || (!first && !second)) return cudaSuccess;
-  return visit(out, [&](auto o) -> cudaError_t {
+  return visit(out, [&](auto o) {
     using Out = decltype(o);
-    // Sums of float go to float or 16 bits, sums of double to double.
-    if constexpr (std::is_same_v<A, acc_t<Out>>)
-      return launch(
-          sum_parts_kernel<A, Out>, dim3((n + 31) / 32, second ? 2 : 1), 32 * kSumLines, 0, stream,
-          static_cast<const A*>(parts), count, n, static_cast<Out*>(first), static_cast<Out*>(second));
-    else
-      return cudaErrorInvalidValue;
+    return launch(
+        sum_parts_kernel<Out>, dim3((n + 31) / 32, second ? 2 : 1), 32 * kSumLines, 0, stream, parts, count, n,
+        static_cast<Out*>(first), static_cast<Out*>(second));
   });
 }
 

@@ -10,27 +10,28 @@
 
 namespace nnfast::cuda {
 
-enum class DType : uint8_t { f32, f64, bf16, f16 };
+enum class DType : uint8_t { f32, bf16, f16 };  // float64 is torch's
 
-// Rows of `size` elements. mean and rstd are float (double for f64), one a row. Output rows are contiguous.
+// Rows of `size` elements. Output rows are contiguous.
 struct LayerNormForward {
   DType dtype, weight_dtype;
   int64_t rows, size, input_stride;
   double eps;
   const void *input, *weight, *bias;  // weight and bias may be null
-  void *output, *mean, *rstd;
+  void* output;
+  float *mean, *rstd;  // one a row
 };
 struct LayerNormBackward {
   DType dtype, weight_dtype;
   int64_t rows, size, grad_out_stride, input_stride;
-  const void *grad_out, *input, *weight, *mean, *rstd;
+  const void *grad_out, *input, *weight;
+  const float *mean, *rstd;
   void *grad_input, *grad_weight, *grad_bias;  // any may be null
 };
 cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream);
-// `parts` holds 2 x layer_norm_parts(b) x size numbers of the accumulation type: sums over rows, on their way to
-// grad_weight and grad_bias.
+// `parts` holds 2 x layer_norm_parts(b) x size numbers: sums over rows, on their way to grad_weight and grad_bias.
 int64_t layer_norm_parts(const LayerNormBackward& b);
-cudaError_t layer_norm_backward(const LayerNormBackward& b, void* parts, cudaStream_t stream);
+cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaStream_t stream);
 
 // output = gelu(input), over contiguous elements.
 cudaError_t gelu(DType dtype, bool tanh, int64_t count, const void* input, void* output, cudaStream_t stream);
@@ -44,7 +45,7 @@ struct GeluBackward {
   void *grad_pre, *grad_bias;  // grad_bias may be null; so may then `parts`
 };
 int64_t gelu_parts(const GeluBackward& b);  // `parts` holds that many x size numbers
-cudaError_t gelu_backward(const GeluBackward& b, void* parts, cudaStream_t stream);
+cudaError_t gelu_backward(const GeluBackward& b, float* parts, cudaStream_t stream);
 
 // pre = input weight^T + bias rounded to its type, output = gelu(pre), in one kernel for sm_90a: bf16 or f16, every
 // pointer on 16 bytes, out and in multiples of 8.

@@ -1,5 +1,4 @@
 // LayerNorm on a CUDA device: memory and the way to the kernels of layer_norm.cu.
-#include <ATen/OpMathType.h>
 #include <ATen/native/layer_norm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -39,12 +38,12 @@ std::tuple<Tensor, Tensor> layer_norm_cuda(
   const OptTensor weight = contiguous(weight_), bias = contiguous(bias_);
   const Rows x = rows_of(input, size, normalized_shape.size());
   Tensor output = at::empty(input.sizes(), input.options());
-  Tensor stats = at::empty({2, rows}, input.options().dtype(at::toOpMathType(input.scalar_type())));
+  Tensor stats = at::empty({2, rows}, input.options().dtype(at::kFloat));
   C10_CUDA_CHECK(
       cuda::layer_norm(
           {dtype_of(input), dtype_of(affine(input, weight, bias)), rows, size, x.stride, eps, x.tensor.const_data_ptr(),
-           data(weight), data(bias), output.mutable_data_ptr(), stats.mutable_data_ptr(),
-           static_cast<char*>(stats.mutable_data_ptr()) + rows * stats.element_size()},
+           data(weight), data(bias), output.mutable_data_ptr(), stats.mutable_data_ptr<float>(),
+           stats.mutable_data_ptr<float>() + rows},
           on.stream));
   return {output, stats};
 }
@@ -71,14 +70,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
       g.tensor.const_data_ptr(),
       x.tensor.const_data_ptr(),
       data(weight),
-      stats.const_data_ptr(),
-      static_cast<const char*>(stats.const_data_ptr()) + rows * stats.element_size(),
+      stats.const_data_ptr<float>(),
+      stats.const_data_ptr<float>() + rows,
       data(grad_input),
       data(grad_weight),
       data(grad_bias)};
   Tensor parts;
   if (grad_weight.defined() || grad_bias.defined()) parts = at::empty({2, layer_norm_parts(b), size}, stats.options());
-  C10_CUDA_CHECK(cuda::layer_norm_backward(b, data(parts), on.stream));
+  C10_CUDA_CHECK(cuda::layer_norm_backward(b, static_cast<float*>(data(parts)), on.stream));
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -1,7 +1,7 @@
 // LayerNorm on rows, forward and backward. The maths is in math/moments.h.
 //
 // Forward moves 2 N elements a row (read x, write y), backward 3 N (read grad and x, write dx): a row is read once and
-// then held in the registers of its threads. From kHeld elements on, and in double, a block walks over its row
+// then held in the registers of its threads. A row too long for that a block walks over
 // instead: the later passes find it in shared memory (forward, while it fits) or in L2.
 #include "../math/moments.h"
 #include "device.cuh"
@@ -15,7 +15,7 @@ template <int Threads, int E>
 struct Held {
   static constexpr int kThreads = Threads, kElements = E, kSize = Threads * E;
   static constexpr int kBlock = Threads < 128 ? 128 : Threads;
-  static constexpr int kRows = kBlock / Threads;         // rows a block holds at a time
+  static constexpr int kRows = kBlock / Threads;  // rows a block holds at a time
 };
 template <class... H>
 struct HeldList {};
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForw
   const float rstd = reciprocal_std(corrected_variance(s[1] / n, residual), static_cast<float>(f.eps));
   if (wanted >= f.rows) return;
   if (columns.lane == 0) {
-    static_cast<float*>(f.mean)[row] = mean + residual;
-    static_cast<float*>(f.rstd)[row] = rstd;
+    f.mean[row] = mean + residual;
+    f.rstd[row] = rstd;
   }
 
 #pragma unroll
@@ -103,27 +103,26 @@ __device__ void each_column(int64_t n, bool vectors, Body body) {
 // A block a row. `keep`: the row fits into shared memory, where each thread finds what it has put there itself.
 template <class T, class W>
 __global__ void __launch_bounds__(kLongBlock) layer_norm_fwd_long_kernel(LayerNormForward f, bool vectors, bool keep) {
-  using A = acc_t<T>;
   constexpr int V = kVector<T>;
   extern __shared__ __align__(16) char shared[];
   const int64_t row = blockIdx.x, n = f.size;
   const T* x = static_cast<const T*>(f.input) + row * f.input_stride;
   T* kept = reinterpret_cast<T*>(shared);
-  A sum[1] = {};
+  float sum[1] = {};
   each_column<V>(n, vectors, [&](int64_t i, auto size) {
-    A v[size()];
+    float v[size()];
     load<size()>(x + i, v);
     if (keep) store<size()>(kept + i, v);
 #pragma unroll
     for (auto a : v) sum[0] += a;
   });
   sum_over_threads<kLongBlock, 1, 0>(sum);
-  const A mean = sum[0] / A(n);
+  const float mean = sum[0] / n;
   if (keep) x = kept;
 
-  A s[2] = {};
+  float s[2] = {};
   each_column<V>(n, vectors, [&](int64_t i, auto size) {
-    A v[size()];
+    float v[size()];
     load<size()>(x + i, v);
 #pragma unroll
     for (auto a : v) {
@@ -132,14 +131,15 @@ __global__ void __launch_bounds__(kLongBlock) layer_norm_fwd_long_kernel(LayerNo
     }
   });
   sum_over_threads<kLongBlock, 2, 1>(s);
-  const A residual = s[0] / A(n), rstd = reciprocal_std(corrected_variance(s[1] / A(n), residual), A(f.eps));
+  const float residual = s[0] / n,
+              rstd = reciprocal_std(corrected_variance(s[1] / n, residual), static_cast<float>(f.eps));
   if (threadIdx.x == 0) {
-    static_cast<A*>(f.mean)[row] = mean + residual;
-    static_cast<A*>(f.rstd)[row] = rstd;
+    f.mean[row] = mean + residual;
+    f.rstd[row] = rstd;
   }
 
   each_column<V>(n, vectors, [&](int64_t i, auto size) {
-    A v[size()], w[size()];
+    float v[size()], w[size()];
     load<size()>(x + i, v);
 #pragma unroll
     for (auto& a : v) a = normalized(a - mean, residual, rstd);
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__(H::kBlock, kResident<H>)
     if (row < b.rows) {
       columns.load(grad_out + row * b.grad_out_stride, g);
       columns.load(input + row * b.input_stride, x);
-      mean = static_cast<const float*>(b.mean)[row];
-      rstd = static_cast<const float*>(b.rstd)[row];
+      mean = b.mean[row];
+      rstd = b.rstd[row];
     } else {
 #pragma unroll
       for (int e = 0; e < E; ++e) g[e] = x[e] = 0;
@@ -244,28 +244,27 @@ __global__ void __launch_bounds__(H::kBlock, kResident<H>)
 // dx of a long row: a block a row, which is read twice, the second time from L2.
 template <class T, class W>
 __global__ void __launch_bounds__(kLongBlock) layer_norm_bwd_long_kernel(LayerNormBackward b, bool vectors) {
-  using A = acc_t<T>;
   constexpr int V = kVector<T>;
   const int64_t row = blockIdx.x, n = b.size;
   const T* grad_out = static_cast<const T*>(b.grad_out) + row * b.grad_out_stride;
   const T* input = static_cast<const T*>(b.input) + row * b.input_stride;
-  const A mean = static_cast<const A*>(b.mean)[row], rstd = static_cast<const A*>(b.rstd)[row];
+  const float mean = b.mean[row], rstd = b.rstd[row];
   const auto fetch = [&](int64_t i, auto& grad_xhat, auto& xhat) {
-    constexpr int size = sizeof(xhat) / sizeof(A);
+    constexpr int size = sizeof(xhat) / sizeof(float);
     load<size>(grad_out + i, grad_xhat);
     load<size>(input + i, xhat);
 #pragma unroll
     for (auto& a : xhat) a = normalized(a, mean, rstd);
     if (b.weight) {
-      A w[size];
+      float w[size];
       load<size>(static_cast<const W*>(b.weight) + i, w);
 #pragma unroll
       for (int j = 0; j < size; ++j) grad_xhat[j] *= w[j];
     }
   };
-  A s[2] = {};
+  float s[2] = {};
   each_column<V>(n, vectors, [&](int64_t i, auto size) {
-    A grad_xhat[size()], xhat[size()];
+    float grad_xhat[size()], xhat[size()];
     fetch(i, grad_xhat, xhat);
 #pragma unroll
     for (int j = 0; j < size(); ++j) {
@@ -274,9 +273,9 @@ __global__ void __launch_bounds__(kLongBlock) layer_norm_bwd_long_kernel(LayerNo
     }
   });
   sum_over_threads<kLongBlock, 2, 0>(s);
-  const A mean_grad_xhat = s[0] / A(n), mean_grad_xhat_xhat = s[1] / A(n);
+  const float mean_grad_xhat = s[0] / n, mean_grad_xhat_xhat = s[1] / n;
   each_column<V>(n, vectors, [&](int64_t i, auto size) {
-    A grad_xhat[size()], xhat[size()];
+    float grad_xhat[size()], xhat[size()];
     fetch(i, grad_xhat, xhat);
 #pragma unroll
     for (int j = 0; j < size(); ++j)
@@ -288,14 +287,13 @@ __global__ void __launch_bounds__(kLongBlock) layer_norm_bwd_long_kernel(LayerNo
 // dw and db of long rows.
 template <class T>
 __global__ void __launch_bounds__(kTileThreads)
-    layer_norm_bwd_affine_kernel(LayerNormBackward b, bool vectors, acc_t<T>* parts) {
-  using A = acc_t<T>;
+    layer_norm_bwd_affine_kernel(LayerNormBackward b, bool vectors, float* parts) {
   sum_tile<T, 2>(
       b.rows, b.size, vectors, parts, [&](int64_t, int64_t row, int64_t first, const auto& columns, auto& s) {
-        A g[kVector<T>], x[kVector<T>];
+        float g[kVector<T>], x[kVector<T>];
         columns.load(static_cast<const T*>(b.grad_out) + row * b.grad_out_stride + first, g);
         columns.load(static_cast<const T*>(b.input) + row * b.input_stride + first, x);
-        const A mean = static_cast<const A*>(b.mean)[row], rstd = static_cast<const A*>(b.rstd)[row];
+        const float mean = b.mean[row], rstd = b.rstd[row];
 #pragma unroll
         for (int v = 0; v < kVector<T>; ++v) {
           s[0][v] += g[v] * normalized(x[v], mean, rstd);
@@ -328,9 +326,6 @@ bool on_vectors(int64_t size, int64_t stride) {
   return size % kVector<T> == 0 && stride % kVector<T> == 0;
 }
 
-template <class T>
-constexpr bool held = !std::is_same_v<T, double>;
-
 }  // namespace
 
 cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream) {
@@ -348,24 +343,20 @@ cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream) {
         if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
       return launch(kernel, dim3(f.rows), kLongBlock, keep ? bytes : 0, stream, f, vectors, keep);
     };
-    if constexpr (!held<T>)
-      return by_block();
-    else
-      return with_held(
-          f.size, HeldForward{},
-          [&](auto h) {
-            using H = decltype(h);
-            const dim3 grid((f.rows + H::kRows - 1) / H::kRows);
-            return launch(layer_norm_fwd_kernel<T, W, H>, grid, H::kBlock, 0, stream, f, vectors);
-          },
-          by_block);
+    return with_held(
+        f.size, HeldForward{},
+        [&](auto h) {
+          using H = decltype(h);
+          const dim3 grid((f.rows + H::kRows - 1) / H::kRows);
+          return launch(layer_norm_fwd_kernel<T, W, H>, grid, H::kBlock, 0, stream, f, vectors);
+        },
+        by_block);
   });
 }
 
 int64_t layer_norm_parts(const LayerNormBackward& b) {
   if (!b.rows) return 0;
   const int64_t by_tile = tile_parts(b.rows);
-  if (b.dtype == DType::f64) return by_tile;
   return with_held(
       b.size, HeldBackward{},
       [&](auto h) -> int64_t {
@@ -376,13 +367,12 @@ int64_t layer_norm_parts(const LayerNormBackward& b) {
       [&] { return by_tile; });
 }
 
-cudaError_t layer_norm_backward(const LayerNormBackward& b, void* parts, cudaStream_t stream) {
+cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaStream_t stream) {
   const int64_t part_count = layer_norm_parts(b);
   const bool affine = b.grad_weight || b.grad_bias;
   return visit(b.dtype, b.weight_dtype, [&](auto t, auto w) -> cudaError_t {
     using T = decltype(t);
     using W = decltype(w);
-    using A = acc_t<T>;
     const bool vectors = on_vectors<T>(b.size, b.input_stride) && on_vectors<T>(b.size, b.grad_out_stride) &&
                          aligned(b.grad_out) && aligned(b.input) && aligned(b.weight) && aligned(b.grad_input);
     const auto by_block = [&] {
@@ -392,26 +382,20 @@ cudaError_t layer_norm_backward(const LayerNormBackward& b, void* parts, cudaStr
       }
       if (!affine) return cudaSuccess;
       return launch(
-          layer_norm_bwd_affine_kernel<T>, tile_grid<T>(b.rows, b.size), kTileThreads, 0, stream, b, vectors,
-          static_cast<A*>(parts));
+          layer_norm_bwd_affine_kernel<T>, tile_grid<T>(b.rows, b.size), kTileThreads, 0, stream, b, vectors, parts);
     };
     cudaError_t error = cudaSuccess;
     if (b.rows && b.size) {
-      if constexpr (!held<T>)
-        error = by_block();
-      else
-        error = with_held(
-            b.size, HeldBackward{},
-            [&](auto h) {
-              using H = decltype(h);
-              return launch(
-                  layer_norm_bwd_kernel<T, W, H>, dim3(part_count), H::kBlock, 0, stream, b, static_cast<float*>(parts),
-                  vectors);
-            },
-            by_block);
+      error = with_held(
+          b.size, HeldBackward{},
+          [&](auto h) {
+            using H = decltype(h);
+            return launch(layer_norm_bwd_kernel<T, W, H>, dim3(part_count), H::kBlock, 0, stream, b, parts, vectors);
+          },
+          by_block);
     }
     if (error != cudaSuccess) return error;
-    return sum_parts<A>(parts, part_count, b.size, b.weight_dtype, b.grad_weight, b.grad_bias, stream);
+    return sum_parts(parts, part_count, b.size, b.weight_dtype, b.grad_weight, b.grad_bias, stream);
   });
 }
 

@@ -46,13 +46,11 @@ std::pair<Tensor, Tensor> gelu_grad(
       x.const_data_ptr(),
       grad_pre.mutable_data_ptr(),
       want_bias ? grad_bias.mutable_data_ptr() : nullptr};
-  if (want_bias) {
-    const auto type = pre.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-    parts = at::empty({gelu_parts(b), size}, pre.options().dtype(type));
-  }
+  if (want_bias) parts = at::empty({gelu_parts(b), size}, pre.options().dtype(at::kFloat));
   C10_CUDA_CHECK(
       cuda::gelu_backward(
-          b, want_bias ? parts.mutable_data_ptr() : nullptr, c10::cuda::getCurrentCUDAStream(pre.device().index())));
+          b, want_bias ? parts.mutable_data_ptr<float>() : nullptr,
+          c10::cuda::getCurrentCUDAStream(pre.device().index())));
   return {grad_pre, grad_bias};
 }
 

@@ -24,28 +24,27 @@ inline dim3 vector_grid(int64_t count, int v) {
 
 template <class T, bool Tanh, int V>
 __global__ void __launch_bounds__(kThreads) gelu_fwd_kernel(int64_t count, const T* input, T* output) {
-  using A = acc_t<T>;
   each_vector<V>(count, [&](int64_t i, auto size) {
-    A x[size()];
+    float x[size()];
     load<size()>(input + i, x);
 #pragma unroll
-    for (auto& v : x) v = nnfast::gelu<Tanh, A>(v);
+    for (auto& v : x) v = nnfast::gelu<Tanh, float>(v);
     store<size()>(output + i, x);
   });
 }
 
-template <class T, bool Tanh, class A, int N>
-__device__ void gelu_bwd(const A (&grad)[N], const A (&pre)[N], A (&grad_pre)[N]) {
+template <class T, bool Tanh, int N>
+__device__ void gelu_bwd(const float (&grad)[N], const float (&pre)[N], float (&grad_pre)[N]) {
   // Rounded, as the GEMMs of the backward see it: the bias gradient sums what is stored.
 #pragma unroll
-  for (int j = 0; j < N; ++j) grad_pre[j] = A(T(grad[j] * nnfast::gelu_grad<Tanh, A>(pre[j])));
+  for (int j = 0; j < N; ++j) grad_pre[j] = float(T(grad[j] * nnfast::gelu_grad<Tanh, float>(pre[j])));
 }
 
 template <class T, bool Tanh, int V>
 __global__ void __launch_bounds__(kThreads)
     gelu_bwd_kernel(int64_t count, const T* grad_out, const T* pre, T* grad_pre) {
   each_vector<V>(count, [&](int64_t i, auto size) {
-    acc_t<T> g[size()], x[size()];
+    float g[size()], x[size()];
     load<size()>(grad_out + i, g);
     load<size()>(pre + i, x);
     gelu_bwd<T, Tanh>(g, x, g);
@@ -55,9 +54,9 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T, bool Tanh>
 __global__ void __launch_bounds__(kTileThreads) gelu_bwd_bias_kernel(
-    int64_t rows, int64_t n, bool vectors, const T* grad_out, const T* pre, T* grad_pre, acc_t<T>* parts) {
+    int64_t rows, int64_t n, bool vectors, const T* grad_out, const T* pre, T* grad_pre, float* parts) {
   sum_tile<T, 1>(rows, n, vectors, parts, [&](int64_t at, int64_t, int64_t, const auto& columns, auto& s) {
-    acc_t<T> g[kVector<T>], x[kVector<T>];
+    float g[kVector<T>], x[kVector<T>];
     columns.load(grad_out + at, g);
     columns.load(pre + at, x);
     gelu_bwd<T, Tanh>(g, x, g);
@@ -88,11 +87,10 @@ cudaError_t gelu(DType dtype, bool tanh, int64_t count, const void* input, void*
 
 int64_t gelu_parts(const GeluBackward& b) { return b.grad_bias ? tile_parts(b.rows) : 0; }
 
-cudaError_t gelu_backward(const GeluBackward& b, void* parts, cudaStream_t stream) {
+cudaError_t gelu_backward(const GeluBackward& b, float* parts, cudaStream_t stream) {
   if (!b.size) return cudaSuccess;
   return visit_gelu(b.dtype, b.tanh, [&](auto t, auto tanh) {
     using T = decltype(t);
-    using A = acc_t<T>;
     const auto *grad_out = static_cast<const T*>(b.grad_out), *pre = static_cast<const T*>(b.pre);
     auto* grad_pre = static_cast<T*>(b.grad_pre);
     bool vectors = aligned(grad_out) && aligned(pre) && aligned(grad_pre);
@@ -106,9 +104,9 @@ cudaError_t gelu_backward(const GeluBackward& b, void* parts, cudaStream_t strea
     vectors = vectors && b.size % kVector<T> == 0;
     const auto error = launch(
         gelu_bwd_bias_kernel<T, tanh()>, tile_grid<T>(b.rows, b.size), kTileThreads, 0, stream, b.rows, b.size, vectors,
-        grad_out, pre, grad_pre, static_cast<A*>(parts));
+        grad_out, pre, grad_pre, parts);
     if (error != cudaSuccess) return error;
-    return sum_parts<A>(parts, gelu_parts(b), b.size, b.dtype, b.grad_bias, nullptr, stream);
+    return sum_parts(parts, gelu_parts(b), b.size, b.dtype, b.grad_bias, nullptr, stream);
   });
 }
 

@@ -4,6 +4,7 @@ from torch.optim.adam import adam
 from torch.optim.adamw import adamw as adamw
 from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
+from nnfast import portable
 from nnfast.backend import native, torch_serves
 
 # torch 2.11's name for it, and the newer one.
@@ -11,11 +12,7 @@ _health_check = getattr(Optimizer, "_accelerator_graph_capture_health_check", No
 _health_check = _health_check or Optimizer._cuda_graph_capture_health_check
 
 
-def _nothing(*_) -> bool:
-    return False
-
-
-_adamw_ = native.adamw_ if native else _nothing
+_adamw_ = (native or portable).adamw_
 
 
 class AdamW(torch.optim.AdamW):

@@ -1,0 +1,264 @@
+"""Linear+GELU. The maths: ``csrc/math/gelu.h``, whose names the functions here bear.
+
+Forward, in 16 bits: one persistent product whose tiles end in bias, rounding and GELU, so that the pre-activation is
+written once and not read again. Its operands come through tensor descriptors (TMA) where the GPU and the strides allow
+it, else through pointers. In float32 the product is cuBLAS's, as torch's flags (TF32) want it, and so is every product
+of the backward; there one pass over grad and pre-activation gives dGELU and the partial sums of the bias's gradient.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+from triton.runtime import driver
+from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from nnfast.kernels.shared import capturing, check, on, processors, rows_of, sum_rows
+
+# What a measurement on a GPU should settle.
+#: The tiles that are tried, once for each shape class: (rows, columns, depth, warps, stages).
+TILES_TMA = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4))
+TILES = ((128, 128, 32, 4, 4), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
+TILES_ODD = ((64, 64, 32, 4, 4),)  # rows that are no multiples of 16 bytes
+TILES_HIP = ((128, 128, 32, 4, 2), (128, 64, 32, 4, 2), (64, 64, 32, 4, 2))
+#: Rows of tiles that share columns of the weight while they are in the cache.
+GROUP = 8
+#: The backward's pass: rows and columns of a tile, its warps, and programs on a multiprocessor.
+GRAD_ROWS, GRAD_COLS, GRAD_WARPS, GRAD_PROGRAMS = 16, 256, 8, 4
+
+HALF = torch.bfloat16, torch.float16
+
+# Shape class -> its best tile.
+_tuned: dict[tuple, tuple] = {}
+
+
+@triton.jit
+def _sides(x, small):
+    return tl.where(x < 0.0, small, 1.0 - small), tl.where(x < 0.0, 1.0 - small, small)
+
+
+@triton.jit
+def normal_cdf(x):
+    """Both sides; the smaller is erfc(a / sqrt 2) / 2 = 2^(a p(a) - 1), a = |x|, p as in ``csrc/cpu/simd.h``."""
+    a = tl.minimum(tl.abs(x), 14.2)
+    p = a * 5.281241399757164e-08 - 2.0457730443013133e-06
+    p = p * a + 2.7296080588712357e-05
+    p = p * a - 0.00013086646504234523
+    p = p * a - 0.0002569342905189842
+    p = p * a + 0.007198233623057604
+    p = p * a - 0.05257304012775421
+    p = p * a - 0.45918846130371094
+    p = p * a - 1.151106834411621
+    return _sides(x, tl.exp2(p * a - 1.0))
+
+
+@triton.jit
+def sigmoid(x):
+    z = tl.exp(-tl.abs(x))
+    return _sides(x, z / (z + 1.0))
+
+
+@triton.jit
+def gelu(x, TANH: tl.constexpr):
+    if TANH:
+        lower, upper = sigmoid(x * (1.5957691216057308 + x * x * 0.07135481627260025))
+    else:
+        lower, upper = normal_cdf(x)
+    return x * lower
+
+
+@triton.jit
+def gelu_grad(x, TANH: tl.constexpr):
+    if TANH:
+        square = x * x
+        lower, upper = sigmoid(x * (1.5957691216057308 + square * 0.07135481627260025))
+        return lower + x * (lower * upper) * (1.5957691216057308 + square * (3 * 0.07135481627260025))
+    else:
+        lower, upper = normal_cdf(x)
+        return lower + x * (0.3989422804014327 * tl.exp(x * x * -0.5))
+
+
+@triton.jit
+def _finish(product, bias, out, pre, row, col, rows, cols, TANH: tl.constexpr, TMA: tl.constexpr):
+    """The end of a tile: bias, the pre-activation in its own dtype, and the GELU of what was stored."""
+    ROWS: tl.constexpr = product.shape[0]
+    COLS: tl.constexpr = product.shape[1]
+    at_col = col + tl.arange(0, COLS)
+    if bias is not None:
+        product += tl.load(bias + at_col, mask=at_col < cols, other=0.0).to(tl.float32)[None, :]
+    if TMA:
+        rounded = product.to(pre.dtype)
+        pre.store([row, col], rounded)
+        out.store([row, col], gelu(rounded.to(tl.float32), TANH).to(out.dtype))
+    else:
+        rounded = product.to(pre.dtype.element_ty)
+        at_row = row + tl.arange(0, ROWS)
+        at = at_row[:, None].to(tl.int64) * cols + at_col[None, :]
+        inside = (at_row < rows)[:, None] & (at_col < cols)[None, :]
+        tl.store(pre + at, rounded, mask=inside)
+        tl.store(out + at, gelu(rounded.to(tl.float32), TANH).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def linear_gelu_fwd_kernel(
+    x,  # (rows, depth), a row every x_stride elements; as weight, out and pre, a descriptor where TMA is set
+    weight,  # (cols, depth), a row every weight_stride elements
+    bias,  # (cols,) or None
+    out,  # (rows, cols)
+    pre,  # (rows, cols)
+    rows,
+    cols,
+    depth,
+    x_stride,
+    weight_stride,
+    TANH: tl.constexpr,
+    TMA: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    tiles_down, tiles_across = tl.cdiv(rows, ROWS), tl.cdiv(cols, COLS)
+    in_group = GROUP * tiles_across
+    for tile in tl.range(tl.program_id(0), tiles_down * tiles_across, tl.num_programs(0)):
+        first = tile // in_group * GROUP
+        height = tl.minimum(tiles_down - first, GROUP)
+        row = (first + tile % in_group % height) * ROWS
+        col = tile % in_group // height * COLS
+        at_row, at_col = row + tl.arange(0, ROWS), col + tl.arange(0, COLS)
+        product = tl.zeros((ROWS, COLS), tl.float32)
+        for start in range(0, depth, DEPTH):
+            if TMA:
+                a, b = x.load([row, start]), weight.load([col, start])
+            else:
+                at = start + tl.arange(0, DEPTH)
+                a = tl.load(
+                    x + at_row[:, None].to(tl.int64) * x_stride + at[None, :],
+                    mask=(at_row < rows)[:, None] & (at < depth)[None, :],
+                    other=0.0,
+                )
+                b = tl.load(
+                    weight + at_col[:, None].to(tl.int64) * weight_stride + at[None, :],
+                    mask=(at_col < cols)[:, None] & (at < depth)[None, :],
+                    other=0.0,
+                )
+            product = tl.dot(a, b.T, product)
+        # By halves: less shared memory on the way out, and fewer registers.
+        left, right = tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+        _finish(left, bias, out, pre, row, col, rows, cols, TANH, TMA)
+        _finish(right, bias, out, pre, row, col + COLS // 2, rows, cols, TANH, TMA)
+
+
+@triton.jit
+def gelu_bwd_kernel(
+    grad,  # (rows, cols)
+    pre,  # (rows, cols)
+    grad_pre,  # (rows, cols)
+    parts,  # (programs, cols), float: sums of grad_pre as it is stored; or None
+    rows,
+    cols,
+    TANH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)[None, :]
+    program = tl.program_id(1).to(tl.int64)
+    total = tl.zeros((ROWS, COLS), tl.float32)
+    for first in range(program * ROWS, rows, tl.num_programs(1) * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        inside, at = (row < rows) & (col < cols), row * cols + col
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(pre + at, mask=inside, other=0.0).to(tl.float32)
+        stored = (g * gelu_grad(x, TANH)).to(grad_pre.dtype.element_ty)
+        tl.store(grad_pre + at, stored, mask=inside)
+        total += stored.to(tl.float32)
+    if parts is not None:
+        tl.store(parts + program * cols + col, tl.sum(total, 0, keep_dims=True), mask=col < cols)
+
+
+def _by_16_bytes(*matrices: Tensor) -> bool:
+    """16-byte rows from a 16-byte address: what TMA wants."""
+    return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in matrices)
+
+
+def _launch(tile, x, weight, bias, out, pre, tanh, tma) -> None:
+    rows, cols, depth, warps, stages = tile
+    matrices = x, weight, out, pre
+    blocks = (rows, depth), (cols, depth), (rows, cols // 2), (rows, cols // 2)
+    if tma:
+        matrices = [TensorDescriptor.from_tensor(t, list(b)) for t, b in zip(matrices, blocks, strict=True)]
+    tiles = triton.cdiv(out.shape[0], rows) * triton.cdiv(out.shape[1], cols)
+    linear_gelu_fwd_kernel[(min(tiles, processors()),)](
+        matrices[0], matrices[1], bias, matrices[2], matrices[3], *out.shape, x.shape[1], x.stride(0), weight.stride(0),
+        TANH=tanh, TMA=tma, ROWS=rows, COLS=cols, DEPTH=depth, GROUP=GROUP, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+
+
+def _tile_for(tiles: tuple, x: Tensor, weight: Tensor, *rest) -> tuple:
+    """The fastest tile for this shape class, measured at its first call. The outputs are fresh memory, so running the
+    kernel again changes nothing that anybody sees."""
+    key = x.device, x.dtype, x.shape[0].bit_length(), weight.shape, *rest[-2:]
+    if key not in _tuned:
+        if capturing(x):
+            return tiles[0]
+        benchmark = driver.active.get_benchmarker()
+
+        def seconds(tile):
+            try:
+                return benchmark(lambda: _launch(tile, x, weight, *rest), quantiles=(0.5,))
+            except OutOfResources:  # this GPU has less shared memory than the tile wants
+                return float("inf")
+
+        _tuned[key] = min(tiles, key=seconds)
+    return _tuned[key]
+
+
+def linear_gelu_triton(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """``nnfast::linear_gelu``: the output and the pre-activation, each ``(*, out_features)``."""
+    check(input.dtype in (*HALF, torch.float32) and weight.dtype == input.dtype, "linear_gelu")
+    with on(input):
+        target = driver.active.get_current_target()
+        fused = input.dtype in HALF and (target.backend == "hip" or target.arch >= 80)
+        if not fused or not input.numel() or not weight.numel():
+            pre = F.linear(input, weight, bias)
+            return F.gelu(pre, approximate=approximate), pre
+        output, pre = (input.new_empty((*input.shape[:-1], weight.shape[0])) for _ in range(2))
+        x, weight = rows_of(input, input.shape[-1]), rows_of(weight, weight.shape[1])
+        matrices = x, weight, output.view(len(x), -1), pre.view(len(x), -1)
+        even, nvidia = _by_16_bytes(*matrices), target.backend == "cuda"
+        tma = even and nvidia and target.arch >= 90
+        tiles = TILES_ODD if not even else TILES_HIP if not nvidia else TILES_TMA if tma else TILES
+        args = *matrices[:2], None if bias is None else bias.contiguous(), *matrices[2:], approximate == "tanh", tma
+        _launch(_tile_for(tiles, *args), *args)
+    return output, pre
+
+
+def linear_gelu_backward_triton(
+    grad_out: Tensor, input: Tensor, weight: Tensor, pre: Tensor, *, approximate: str = "none", output_mask: list[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``nnfast::linear_gelu_backward``: the gradients of input, weight and bias that ``output_mask`` asks for."""
+    check(pre.dtype in (*HALF, torch.float32), "linear_gelu_backward")
+    cols, depth = weight.shape
+    grad_bias = weight.new_empty(cols) if output_mask[2] else None
+    grad_pre = pre.new_empty((pre.numel() // cols if cols else 0, cols))
+    rows = len(grad_pre)
+    with on(pre), torch._C._DisableAutocast():  # what comes here has the dtype it shall have
+        if grad_pre.numel():
+            across = triton.cdiv(cols, GRAD_COLS)
+            down = min(triton.cdiv(rows, GRAD_ROWS), max(1, GRAD_PROGRAMS * processors() // across))
+            parts = pre.new_empty((1, down, cols), dtype=torch.float32) if output_mask[2] else None
+            gelu_bwd_kernel[(across, down)](
+                grad_out.contiguous(), pre.contiguous(), grad_pre, parts, rows, cols,
+                TANH=approximate == "tanh", ROWS=GRAD_ROWS, COLS=GRAD_COLS, num_warps=GRAD_WARPS,
+            )  # fmt: skip
+            if output_mask[2]:
+                sum_rows(parts, [grad_bias])
+        elif output_mask[2]:
+            grad_bias.zero_()
+        grad_input = (grad_pre @ weight).view(input.shape) if output_mask[0] else None
+        grad_weight = grad_pre.t() @ input.reshape(rows, depth) if output_mask[1] else None
+    return grad_input, grad_weight, grad_bias

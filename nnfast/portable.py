@@ -1,0 +1,177 @@
+"""The Triton kernels without the compiled extension: for a GPU on a machine that has no compiler.
+
+The extension's gate and autograd formulas (``csrc/python.cpp``, ``csrc/*.cpp``) once more in Python, for tensors on a
+GPU. They decide and compute the same, and cost some microseconds more a call. As there, a function answers None, or
+False, where the call is torch's.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from nnfast import backend
+from nnfast.kernels import launcher
+
+_DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+_layer_norm, _layer_norm_backward = launcher("layer_norm"), launcher("layer_norm_backward")
+_linear_gelu, _linear_gelu_backward = launcher("linear_gelu"), launcher("linear_gelu_backward")
+_adamw = launcher("adamw_")
+
+
+def _on_gpu(t: Tensor) -> bool:
+    return t.is_cuda
+
+
+def _open(first: Tensor, *others: Tensor | None) -> bool:
+    """Plain eager execution, and plain tensors of our dtypes on one GPU."""
+    return (
+        isinstance(first, Tensor)
+        and _on_gpu(first)
+        and backend.forced() in (None, "triton")
+        and not backend.no_triton()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_torch_function_mode_enabled()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and forward_ad._current_level < 0
+        and all(
+            t is None
+            or (
+                type(t) in (Tensor, Parameter)
+                and t.dtype in _DTYPES
+                and t.layout is torch.strided
+                and t.device == first.device
+            )
+            for t in (first, *others)
+        )
+    )
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, shape, weight, bias, eps):
+        output, stats = _layer_norm(input, shape, weight, bias, eps)
+        ctx.save_for_backward(input, stats, weight, bias)
+        ctx.shape = shape
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, stats, weight, bias = ctx.saved_tensors
+        mask = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        if not torch.is_grad_enabled():
+            dx, dw, db = _layer_norm_backward(grad, input, ctx.shape, stats, weight, bias, mask)
+        else:  # ATen's, which is differentiable to any order
+            kept = input.dim() - len(ctx.shape)
+            mean, rstd = (s.to(input.dtype).view(*input.shape[:kept], *[1] * len(ctx.shape)) for s in stats)
+            dx, dw, db = torch.ops.aten.native_layer_norm_backward(
+                grad, input, ctx.shape, mean, rstd, weight, bias, mask
+            )
+        return dx, None, dw, db, None
+
+
+class _LinearGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, input, weight, bias, approximate):
+        output, pre = _linear_gelu(input, weight, bias, approximate=approximate)
+        ctx.save_for_backward(input, weight, bias, pre)
+        ctx.approximate = approximate
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        input, weight, bias, pre = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        if not torch.is_grad_enabled():
+            grads = _linear_gelu_backward(grad, input, weight, pre, approximate=ctx.approximate, output_mask=mask)
+            return *grads, None
+        # From the inputs again: through pre the second derivative reaches them.
+        leaves = [t for t, wanted in zip((input, weight, bias), mask, strict=True) if wanted]
+        with torch.enable_grad():
+            output = torch.nn.functional.gelu(
+                torch.nn.functional.linear(input, weight, bias), approximate=ctx.approximate
+            )
+            found = iter(torch.autograd.grad(output, leaves, grad, create_graph=True))
+        return *(next(found) if wanted else None for wanted in mask), None
+
+
+def layer_norm(input, normalized_shape, weight, bias, eps) -> Tensor | None:
+    if not _open(input, weight, bias) or not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
+        return None
+    shape = tuple(normalized_shape)
+    if torch.is_autocast_enabled(input.device.type):
+        input, weight, bias = (None if t is None else t.float() for t in (input, weight, bias))
+    if input.shape[-len(shape) :] != shape:
+        return None
+    if any(t is not None and (t.shape != shape or t.dtype != input.dtype) for t in (weight, bias)):
+        return None
+    return _LayerNorm.apply(input, shape, weight, bias, eps)
+
+
+def gelu(input, approximate) -> None:
+    """torch's own is bound by memory, and cheaper to launch."""
+
+
+def linear_gelu(input, weight, bias, approximate) -> Tensor | None:
+    if not _open(input, weight, bias) or approximate not in ("none", "tanh"):
+        return None
+    if torch.is_autocast_enabled(input.device.type):
+        dtype = torch.get_autocast_dtype(input.device.type)
+        input, weight, bias = (None if t is None else t.to(dtype) for t in (input, weight, bias))
+    if weight.dim() != 2 or input.dim() < 1 or input.shape[-1] != weight.shape[1] or weight.dtype != input.dtype:
+        return None
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != input.dtype):
+        return None
+    return _LinearGelu.apply(input, weight, bias, approximate)
+
+
+def _read(group: dict, state: dict, scaler: list) -> tuple | None:
+    """The arguments of one group's step, or None where it is torch's."""
+    params = [p for p in group["params"] if p.grad is not None]
+    if group["differentiable"] or not group["decoupled_weight_decay"] or not all(p in state for p in params):
+        return None
+    lr, names = group["lr"], ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
+    tensor_lr = isinstance(lr, Tensor)
+    if tensor_lr and (group["foreach"] or lr.numel() != 1) or any(isinstance(beta, Tensor) for beta in group["betas"]):
+        return None
+    lists = [params, [p.grad for p in params]]
+    lists += [[state[p].get(name) for p in params] for name in names]
+    steps = [state[p].get("step") for p in params]
+    if not params:
+        return ()
+    if not all(_open(params[0], *tensors) for tensors in lists):
+        return None
+    for p, g, *moments in zip(*lists, strict=True):
+        if p.numel() and not torch.ops.aten.is_non_overlapping_and_dense(p):
+            return None
+        if any(t is None or t.shape != p.shape or t.dtype != p.dtype for t in (g, *moments)):
+            return None
+        if any(t.stride() != p.stride() for t in moments):
+            return None
+    there = [s.device for s in steps if isinstance(s, Tensor) and s.dtype is torch.float32 and s.numel() == 1]
+    host = torch.device("cpu")
+    if len(there) != len(steps) or len({*there}) != 1 or there[0] not in (host, params[0].device):
+        return None
+    if group["capturable"] and there[0] == host:
+        return None
+    if any(t is not None and t.device != params[0].device for t in scaler):
+        return None
+    if not group["amsgrad"]:
+        lists.append([])
+    numbers = {"weight_decay": group["weight_decay"], "eps": group["eps"]}
+    numbers["beta1"], numbers["beta2"] = group["betas"]
+    options = {name: float(value) for name, value in numbers.items()}
+    return (*lists, steps), {"lr": lr, "maximize": group["maximize"], **options}
+
+
+def adamw_(groups, state, grad_scale, found_inf) -> bool:
+    calls = [_read(group, state, [grad_scale, found_inf]) for group in groups]
+    if any(call is None for call in calls):
+        return False
+    for lists, options in filter(None, calls):
+        _adamw(*lists, **options, grad_scale=grad_scale, found_inf=found_inf)
+        changed = [t for k, tensors in enumerate(lists) if k != 1 or grad_scale is not None for t in tensors]
+        torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+    return True

@@ -1,0 +1,376 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors, through the ops: run by test_triton.py.
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted.py
+
+Triton chooses between its interpreter and its compiler when it is imported, so this is a process of its own. Here its
+kernels are registered at the CPU key of the dispatcher. The tests bring tiles and GPUs that are small, so that
+programs have neighbours, several rounds, and edges.
+"""
+
+import importlib
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as TF
+import triton
+import triton.language as tl
+from common import HALF, assert_close, double, layouts
+from machine import Machine
+from test_adamw import exact, train
+from test_layer_norm import compare as compare_layer_norm
+from test_layer_norm import sample_inputs as layer_norm_inputs
+from test_linear_gelu import compare as compare_linear_gelu
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+import nnfast.nn.functional as F
+import nnfast.optim as optim
+from nnfast import backend, functional, kernels, portable, reference
+from nnfast.kernels import adamw, layer_norm, linear_gelu
+
+DTYPES = (torch.float32, *HALF)
+
+
+def _bits_of_bfloat16(x: np.ndarray) -> np.ndarray:
+    bits = x.astype(np.float32).view(np.uint32)
+    even = (bits + (0x7FFF + ((bits >> 16) & 1))) >> 16
+    return np.where(np.isnan(x), 0x7FC0, even).astype(np.uint16)
+
+
+def _values(t: TensorHandle) -> TensorHandle:
+    if t.dtype.scalar != tl.bfloat16:
+        return t
+    return TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter():
+    """The interpreter of Triton 3.6 keeps bfloat16 as 16-bit integers, which it multiplies as such, and cuts a float
+    short where the GPU rounds it. Mended here."""
+    cast, dot = InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot
+
+    def create_fp_trunc(self, src, dst_type):
+        if dst_type.scalar != tl.bfloat16:
+            return cast(self, src, dst_type)
+        return TensorHandle(_bits_of_bfloat16(src.data), tl.bfloat16)
+
+    def create_dot(self, a, b, d, *options):
+        return dot(self, _values(a), _values(b), d, *options)
+
+    InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot = create_fp_trunc, create_dot
+    yield
+    InterpreterBuilder.create_fp_trunc, InterpreterBuilder.create_dot = cast, dot
+
+
+@pytest.fixture(autouse=True)
+def _triton_serves(request, monkeypatch):
+    """Through the gate, which takes them for the CPU's, and the dispatcher, to Triton's launchers."""
+    driver.set_active(Machine("sm_90", processors=2))
+    library = torch.library.Library("nnfast", "IMPL")
+    served = set()
+    for op in kernels.OPS:
+
+        def record(*args, op=op, **kwargs):
+            served.add(op)
+            return kernels.launcher(op)(*args, **kwargs)
+
+        library.impl(op, record, "CPU", allow_override=True)
+    monkeypatch.setattr(layer_norm, "TILE", 256)
+    monkeypatch.setattr(adamw, "CHUNK", 64)
+    linear_gelu._tuned.clear()
+    adamw._tables.clear()
+    yield
+    library._destroy()
+    assert served or "without_extension" in request.fixturenames, "nothing came to Triton"
+
+
+@pytest.fixture
+def without_extension(monkeypatch):
+    """The gate and the autograd formulas in Python, which reach the launchers by themselves."""
+    monkeypatch.setattr(portable, "_on_gpu", lambda t: True)
+    monkeypatch.setattr(backend, "no_triton", lambda: "")
+    monkeypatch.setattr(functional, "_layer_norm", portable.layer_norm)
+    monkeypatch.setattr(functional, "_linear_gelu", portable.linear_gelu)
+    monkeypatch.setattr(importlib.import_module("nnfast.optim.adamw"), "_adamw_", portable.adamw_)
+    # Not through the ops, whose autograd is in C++.
+    launched = []
+    for name in ("layer_norm", "layer_norm_backward", "linear_gelu", "linear_gelu_backward", "adamw"):
+        real = getattr(portable, f"_{name}")
+        monkeypatch.setattr(
+            portable, f"_{name}", lambda *a, real=real, **k: launched.append(real) or real(*a, **k)
+        )  # fmt: skip
+    yield
+    assert launched
+
+
+@pytest.fixture(params=["short", "long"])
+def rows(request, monkeypatch):
+    """Both ways of LayerNorm: the whole row in one tile, and piece by piece."""
+    if request.param == "long":
+        monkeypatch.setattr(layer_norm, "LONGEST", 8)
+        monkeypatch.setattr(layer_norm, "LONGEST_BACKWARD", 8)
+        monkeypatch.setattr(layer_norm, "LONG_COLS", 16)
+        monkeypatch.setattr(layer_norm, "LONG_COLS_FORWARD", 16)
+
+
+# One element, one tile exactly, one over; programs with several rounds; two normalized dimensions.
+SHAPES = [((5,), 1), ((3, 1), 1), ((2, 3, 16), 1), ((19, 33), 1), ((2, 3, 4, 6), 2)]
+
+
+@pytest.mark.usefixtures("rows")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm(dtype):
+    for args in layer_norm_inputs(dtype, shapes=SHAPES, affine=[(True, True)]):
+        compare_layer_norm(args, torch.randn_like(args[0]), f"{tuple(args[0].shape)}")
+    for input, shape, weight, bias, eps in layer_norm_inputs(dtype, shapes=SHAPES[3:4]):
+        affine = [None if t is None else t.detach().float().requires_grad_() for t in (weight, bias)]
+        compare_layer_norm((input, shape, *affine, eps), torch.randn_like(input), "float weight")
+
+
+@pytest.mark.usefixtures("rows")
+def test_layer_norm_layouts():
+    x, g = torch.randn(2, 3, 2, 13), torch.randn(3, 2, 13)
+    weight, bias = torch.randn(2, 13).requires_grad_()
+    plain = [(input, name, g) for name, input in layouts(x[0]).items()]
+    for input, name, grad in plain + [(x[1], f"gradient {name}", t) for name, t in layouts(g).items()]:
+        compare_layer_norm((input.detach().requires_grad_(), (13,), weight, bias, 1e-5), grad, name)
+
+
+@pytest.mark.usefixtures("rows")
+def test_layer_norm_far_from_zero():
+    """A one-pass variance, or one into which lanes beyond the row enter, fails."""
+    x = (2000 + torch.randn(4, 60)).requires_grad_()
+    compare_layer_norm((x, (60,), None, None, 1e-5), torch.randn(4, 60), "mean 2000")
+
+
+@pytest.mark.usefixtures("rows")
+def test_layer_norm_nan_stays_in_its_row():
+    x = torch.randn(5, 33)
+    x[1, 3], x[3, 4], x[4] = float("nan"), float("inf"), 2.5
+    x.requires_grad_()
+    output = F.layer_norm(x, (33,))
+    (grad,) = torch.autograd.grad(output, x, torch.randn(5, 33))
+    for row, ok in enumerate((True, False, True, False, True)):
+        assert output[row].isfinite().all() == ok and grad[row].isfinite().all() == ok
+
+
+@pytest.mark.usefixtures("rows")
+def test_layer_norm_only_what_is_wanted():
+    for mask in itertools.product((True, False), repeat=3):
+        if sum(mask) in (1, 2):
+            tensors = [torch.randn(s).requires_grad_(m) for s, m in zip(((4, 10), 10, 10), mask, strict=True)]
+            compare_layer_norm((tensors[0], (10,), *tensors[1:], 1e-5), torch.randn(4, 10), str(mask))
+
+
+def test_empty():
+    x = torch.empty(0, 5, requires_grad=True)
+    weight, bias = torch.randn(2, 5).requires_grad_().unbind()
+    grads = torch.autograd.grad(F.layer_norm(x, (5,), weight, bias).sum(), (x, weight, bias))
+    assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
+    weight = torch.randn(3, 5, requires_grad=True)
+    bias = torch.randn(3, requires_grad=True)
+    grads = torch.autograd.grad(F.linear_gelu(x, weight, bias).sum(), (x, weight, bias))
+    assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
+    nothing = F.linear_gelu(torch.randn(3, 0), torch.randn(4, 0), bias=torch.ones(4))
+    torch.testing.assert_close(nothing, TF.gelu(torch.ones(3, 4)))
+    p = torch.empty(0, requires_grad=True)
+    p.grad = torch.empty(0)
+    optim.AdamW([p]).step()
+
+
+def test_float64_is_refused():
+    with pytest.raises(NotImplementedError, match="does not cover"):
+        torch.ops.nnfast.layer_norm(torch.randn(3, 4).double(), (4,), None, None, 1e-5)
+
+
+# The sides of a tile and one over; TMA wants multiples of 8 and gets them in the last two.
+PRODUCTS = [((5,), 3), ((2, 3, 17), 33), ((70, 40), 136), ((130, 72), 64)]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_gelu(dtype, target):
+    driver.set_active(Machine(target, processors=2))
+    for (shape, out), approximate, has_bias in itertools.product(PRODUCTS, ("none", "tanh"), (True, False)):
+        if approximate == "tanh" and not has_bias:
+            continue
+        x, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, (out, shape[-1]), (out,)))
+        args = x, weight, bias if has_bias else None, approximate
+        compare_linear_gelu(args, torch.randn(*shape[:-1], out).to(dtype), f"{shape} -> {out}, {approximate}")
+
+
+def test_linear_gelu_layouts():
+    weight, bias = torch.randn(16, 24).half().requires_grad_(), torch.randn(16).half().requires_grad_()
+    x, g = torch.randn(3, 4, 24).half(), torch.randn(3, 4, 16).half()
+    for name, input in layouts(x).items():
+        compare_linear_gelu((input.detach().requires_grad_(), weight, bias, "none"), g, name)
+    for name, grad in layouts(g).items():
+        compare_linear_gelu((x.requires_grad_(), weight, bias, "none"), grad, f"gradient {name}")
+    for name, w in layouts(weight.detach()).items():
+        compare_linear_gelu((x, w.detach().requires_grad_(), bias, "tanh"), g, f"weight {name}")
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_the_pre_activation_is_rounded_before_its_gelu(dtype):
+    """The output is the GELU of what is stored, as from torch's two calls: to the bit, where GELU is not tiny."""
+    x, weight = torch.randn(60, 40).to(dtype), torch.randn(64, 40).to(dtype)
+    output, pre = torch.ops.nnfast.linear_gelu(x, weight, None)
+    same = output == reference.gelu(pre.double()).to(dtype)
+    assert same[pre > -1].double().mean() > 0.99
+
+
+@triton.jit
+def _gelu_kernel(x, y, TANH: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + i, linear_gelu.gelu(tl.load(x + i), TANH))
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_formulas(approximate):
+    """Forward and derivative in float, against float64 and beside the CPU's, which are compiled from csrc/math."""
+    x = torch.linspace(-14, 14, 4096)
+    y = torch.empty_like(x)
+    _gelu_kernel[(4,)](x, y, TANH=approximate == "tanh", BLOCK=1024)
+    leaf = double(x).requires_grad_()
+    true = reference.gelu(leaf, approximate)
+    assert_close(y, torch.ops.nnfast.gelu(x, approximate=approximate), true, scale=14)
+    (true,) = torch.autograd.grad(true.sum(), leaf)
+    pre, eye = x.view(-1, 8), torch.eye(8)
+    grad, _, _ = torch.ops.nnfast.linear_gelu_backward(
+        torch.ones_like(pre), pre, eye, pre, approximate=approximate, output_mask=[True, False, False]
+    )
+    cpu = torch.ops.nnfast.gelu_backward(torch.ones_like(x), x, approximate=approximate)
+    assert_close(grad.flatten(), cpu, true, scale=1)
+
+
+SIZES = [(0,), (1,), (63,), (64,), (65,), (), (3, 0, 2), (5, 13), (300,), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True, "weight_decay": 0.3}, {"maximize": True, "betas": (0.0, 0.9), "lr": 0.1}], ids=str
+)
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES], ids=str)
+def test_adamw(dtypes, options):
+    """One launch for all sizes and dtypes of a group."""
+    kinds = list(itertools.islice(itertools.cycle(dtypes), len(SIZES)))
+    params, *grads = ([torch.randn(s).to(t) for s, t in zip(SIZES, kinds, strict=True)] for _ in range(4))
+    ours, optimizer = train(optim.AdamW, params, grads, **options)
+    torchs, _ = train(torch.optim.AdamW, params, grads, **{"fused": True, **options})
+    for p, q, true in zip(ours, torchs, exact(params, grads, **options), strict=True):
+        assert_close(p, q, true, f"{p.dtype} {tuple(p.shape)}")
+    assert all(optimizer.state[p]["step"] == 3 for p in ours)
+
+
+def test_adamw_layouts():
+    """Other strides, and addresses that are no multiple of 16 bytes, whole chunks among them."""
+    base = torch.randn(20, 18)
+    cases = {
+        "transposed": (base.t().contiguous().t(), base),
+        "gradient transposed": (base.clone(), base.t().contiguous().t()),
+        "gradient with gaps": (base.clone(), torch.randn(20, 36)[:, ::2]),
+        "misaligned": (torch.randn(400)[3:363].view(20, 18), torch.randn(400)[5:365].view(20, 18)),
+    }
+    for name, (param, grad) in cases.items():
+        results = []
+        for kind, p in ((optim.AdamW, param.detach()), (torch.optim.AdamW, param.clone())):
+            p.requires_grad_().grad = grad.clone(memory_format=torch.preserve_format)
+            optimizer = kind([p], lr=0.1)
+            optimizer.step()
+            optimizer.step()
+            results.append(p.detach())
+        torch.testing.assert_close(*results, msg=name)
+
+
+def test_adamw_tables_are_kept():
+    """No new table while addresses stay and steps advance together; one for a new gradient or a lagging step."""
+    params = [torch.randn(100, requires_grad=True) for _ in range(3)]
+    others = [p.detach().clone().requires_grad_() for p in params]
+    pairs = (optim.AdamW(params, lr=0.1), params), (torch.optim.AdamW(others, lr=0.1), others)
+    tables = []
+    for step in range(6):
+        for optimizer, group in pairs:
+            for p in group:
+                if p.grad is None or step == 2:
+                    p.grad = torch.ones(100)
+                p.grad.copy_(torch.arange(100) % 7 - step)
+            if step == 4:
+                group[1].grad = None
+            optimizer.step()
+        (table,) = adamw._tables.values()
+        tables.append(table[1][0][1])
+    assert [a is b for a, b in itertools.pairwise(tables)] == [True, False, True, False, False]
+    for p, q in zip(params, others, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+@pytest.mark.parametrize("amsgrad", [True, False])
+def test_adamw_on_the_device(monkeypatch, amsgrad, found):
+    """Steps, lr, grad_scale and found_inf that are on the GPU: nothing is read by the host."""
+    monkeypatch.setattr(adamw, "on_gpu", lambda t: True)
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        lists = [[torch.rand(s) for s in (0, 5, 130)] for _ in range(4)]
+        top = [v.clone() for v in lists[3]] if amsgrad else []
+        steps = [torch.tensor(float(t)) for t in (3, 4, 9)]
+        options = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
+        scale, inf, lr = torch.tensor(4.0), torch.tensor(found), torch.tensor(0.1)
+        if fused:
+            for step in steps:
+                step += 1
+            torch._fused_adamw_(*lists, top, steps, lr=0.1, amsgrad=amsgrad, grad_scale=scale, found_inf=inf, **options)
+            for step in steps:
+                step -= found
+        else:
+            torch.ops.nnfast.adamw_.tensor_lr(*lists, top, steps, lr=lr, grad_scale=scale, found_inf=inf, **options)
+        results.append((lists, top, steps))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_without_the_extension():
+    """The same results, first and second derivatives, and torch where torch serves."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for args in layer_norm_inputs(dtype, shapes=SHAPES[3:]):
+            compare_layer_norm(args, torch.randn_like(args[0]), "without the extension")
+        for has_bias in (True, False):
+            x, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in ((2, 3, 9), (5, 9), (5,)))
+            args = x, weight, bias if has_bias else None, "tanh"
+            compare_linear_gelu(args, torch.randn(2, 3, 5).to(dtype), "without the extension")
+    x, weight, bias = (torch.randn(s).requires_grad_() for s in ((3, 7), (7,), (7,)))
+    second = []
+    for f, leaves in ((F.layer_norm, (x, weight)), (reference.layer_norm, (double(x), double(weight)))):
+        (first,) = torch.autograd.grad(f(leaves[0], (7,), leaves[1], None).square().sum(), leaves[0], create_graph=True)
+        second.append(torch.autograd.grad(first.square().sum(), leaves))
+    torch.testing.assert_close(second[0], [t.float() for t in second[1]])
+    second = []
+    weight = torch.randn(5, 7, requires_grad=True)
+    for f, leaves in ((F.linear_gelu, (x, weight)), (reference.linear_gelu, (double(x), double(weight)))):
+        first = torch.autograd.grad(f(*leaves).square().sum(), leaves, create_graph=True)
+        second.append(torch.autograd.grad(sum(t.square().sum() for t in first), leaves))
+    torch.testing.assert_close(second[0], [t.float() for t in second[1]], rtol=1e-4, atol=1e-4)
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        F.layer_norm(x, (8,))
+    assert torch.func.vmap(lambda row: F.layer_norm(row, (7,)))(x).shape == x.shape
+    leaf = x * 1
+    output = F.layer_norm(leaf, (7,))
+    leaf.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_adamw_without_the_extension():
+    for options in ({}, {"amsgrad": True, "maximize": True, "fused": False}):
+        params, *grads = ([torch.randn(s) for s in SIZES] for _ in range(4))
+        ours, optimizer = train(optim.AdamW, params, grads, **options)
+        torchs, _ = train(torch.optim.AdamW, params, grads, **options)
+        for p, q, true in zip(ours, torchs, exact(params, grads, **options), strict=True):
+            assert_close(p, q, true)
+            assert p._version > 0
+    ours[3].grad = torch.ones(SIZES[3]).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
