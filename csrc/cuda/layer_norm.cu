@@ -170,27 +170,18 @@ __global__ void __launch_bounds__(H::kBlock, kResident<H>)
   float w[E];
   if (b.weight) columns.load(static_cast<const W*>(b.weight), w);
 
-  // Zeros where this thread has no row: they add nothing to any sum.
-  float g[E], x[E], mean, rstd;
-  const auto fetch = [&](int64_t row) {
+  float dw[E] = {}, db[E] = {};
+  const int64_t stride = int64_t(gridDim.x) * H::kRows;
+  for (int64_t first = int64_t(blockIdx.x) * H::kRows; first < b.rows; first += stride) {
+    const int64_t row = first + group;
+    // Zeros where this thread has no row: they add nothing to any sum.
+    float g[E] = {}, x[E] = {}, mean = 0, rstd = 0, s[2] = {};
     if (row < b.rows) {
       columns.load(grad_out + row * b.grad_out_stride, g);
       columns.load(input + row * b.input_stride, x);
       mean = b.mean[row];
       rstd = b.rstd[row];
-    } else {
-#pragma unroll
-      for (int e = 0; e < E; ++e) g[e] = x[e] = 0;
-      mean = rstd = 0;
     }
-  };
-
-  float dw[E] = {}, db[E] = {};
-  const int64_t stride = int64_t(gridDim.x) * H::kRows;
-  for (int64_t first = int64_t(blockIdx.x) * H::kRows; first < b.rows; first += stride) {
-    const int64_t row = first + group;
-    fetch(row);
-    float s[2] = {};
 #pragma unroll
     for (int e = 0; e < E; ++e) {
       const float xhat = normalized(x[e], mean, rstd), grad_xhat = b.weight ? g[e] * w[e] : g[e];
