@@ -45,11 +45,12 @@ struct Any {
   }
 };
 
-// Elements [begin, end) of a tensor. V of them at a time: 16 bytes or more of each of its arrays.
+// Elements [begin, end) of a tensor, V of them at a time: 16 bytes of each of its arrays, or of the widest.
 template <int V, class P, class G, class M>
 __device__ void update(
     const AdamWTensor& t, P param, G grad, M exp_avg, M exp_avg_sq, M max_exp_avg_sq, const AdamWStep<float>& step,
     bool maximize, const float* grad_scale, int64_t begin, int64_t end) {
+  const bool amsgrad = t.max_exp_avg_sq;
   const auto at = [&](int64_t i, auto size) {
     constexpr int N = size();
     float p[N], g[N], m[N], v[N];
@@ -67,7 +68,7 @@ __device__ void update(
     for (int j = 0; j < N; ++j) adamw_moments(maximize ? -g[j] : g[j], m[j], v[j], step);
     exp_avg.store(i, m);
     exp_avg_sq.store(i, v);
-    if (t.max_exp_avg_sq) {
+    if (amsgrad) {
       float top[N];
       max_exp_avg_sq.load(i, top);
 #pragma unroll
