@@ -39,11 +39,12 @@ def commands(out: Path) -> dict[str, list[list[str]]]:
         [*python, "-m", "pytest", str(path), "--benchmark-only", f"--benchmark-json={out / path.stem}.json", "-q"]
         for path in sorted((ROOT / "benchmarks").glob("bench_*.py"))
     ]
+    # Editable: nnfast.kernels lies in a folder of its own, which only an installation finds.
+    build = [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
     train = [*python, "benchmarks/train_gpt.py", "--device", "cuda", "--dtype", "bfloat16", "--steps", "200"]
     train += ["--layers", "12", "--width", "768", "--batch", "32", "--out", str(out / "train_gpt.png")]
     return {
-        # Editable: nnfast.kernels lies in a folder of its own, which only an installation finds.
-        "build": [[*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]],
+        "build": [build],
         "doctor": [[*python, "-m", "nnfast"]],
         "test": [[*python, "-m", "pytest", "-m", "gpu", "-q", "--durations=10"]],
         "bench": bench,
