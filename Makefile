@@ -4,6 +4,7 @@
 # make fuzz    20,000 random cases an op, against float64; the tests hold a slice of it
 # make sanitize  the ops' tests, and a slice of the random cases, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint    formatting and lint, as CI checks them; make format mends them
+# make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions
 #
 # Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
 # alone: make test PYTHON=/path/to/python
@@ -17,7 +18,9 @@ INSTALLED := build/installed-$(subst /,-,$(PYTHON))
 CLANG_FORMAT = $(PYTHON) -c "import clang_format; clang_format.clang_format()"
 PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
-.PHONY: demo test bench bench-gpu fuzz sanitize lint format clean
+CPP := $(filter-out %.py,$(filter csrc/%,$(SOURCES)))
+
+.PHONY: demo test bench bench-gpu fuzz sanitize lint format compile-gpu clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
@@ -60,12 +63,15 @@ sanitize: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(CLANG_FORMAT) --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 
 format: $(INSTALLED)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
-	$(CLANG_FORMAT) -i $(filter csrc/%,$(SOURCES))
+	$(CLANG_FORMAT) -i $(CPP)
+
+compile-gpu: $(INSTALLED)
+	$(PYTHON) csrc/cuda/compile.py
 
 clean:
 	rm -rf build *.egg-info nnfast/_C.*.so nnfast/_built_for.txt benchmarks/out

@@ -43,18 +43,21 @@ void adamw_tensor_lr(
 
 bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const Tensor& max_exp_avg_sq, const Tensor& step) {
+    const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes) {
   const auto type = param.scalar_type();
-  if (type != at::kFloat && type != at::kDouble && type != at::kBFloat16 && type != at::kHalf) return false;
-  if (type == at::kDouble && !param.is_cpu()) return false;
+  const auto single = [](at::ScalarType t) { return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf; };
+  if (!single(type) && (type != at::kDouble || !param.is_cpu())) return false;
   // torch keeps the step on the CPU, or with the parameter where it is capturable or fused.
   if (step.scalar_type() != at::kFloat || step.numel() != 1) return false;
   if (!step.device().is_cpu() && step.device() != param.device()) return false;
   // The state lies in memory as the parameter does, without gaps; the gradient may lie in another order.
   const auto like = [&](const Tensor& t) {
-    return t.scalar_type() == type && t.device() == param.device() && t.sizes() == param.sizes();
+    const bool same = t.scalar_type() == type || (mixed_dtypes && single(type) && single(t.scalar_type()));
+    return same && t.device() == param.device() && t.sizes() == param.sizes();
   };
-  const auto beside = [&](const Tensor& t) { return like(t) && t.strides() == param.strides(); };
+  const auto beside = [&](const Tensor& t) {
+    return like(t) && t.strides() == param.strides() && t.scalar_type() == exp_avg.scalar_type();
+  };
   return param.is_non_overlapping_and_dense() && like(grad) && beside(exp_avg) && beside(exp_avg_sq) &&
          (!max_exp_avg_sq.defined() || beside(max_exp_avg_sq));
 }

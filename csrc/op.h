@@ -49,10 +49,11 @@ bool covers_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
-// One parameter with its gradient and state.
+// One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come
+// in another 16-bit type or float than the parameter.
 bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const Tensor& max_exp_avg_sq, const Tensor& step);
+    const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes = false);
 
 // ---- the ops; their schemas and what they do are in layer_norm.cpp, linear_gelu.cpp and adamw.cpp ----
 

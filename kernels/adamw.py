@@ -221,11 +221,10 @@ def adamw_triton(
     if not steps_on_gpu:
         if found_inf is not None and found_inf.item() != 0:
             return
-        torch._foreach_add_(state_steps, 1)
-        steps = [int(t) for t in torch.stack([s.reshape(()) for s in state_steps]).tolist()]
-        step_column = [t - steps[0] for t in steps]
+        steps = [t + 1 for t in torch.stack([s.reshape(()) for s in state_steps]).tolist()]
+        step_column = [int(t - steps[0]) for t in steps]
     else:
-        steps, step_column = [0], _addresses(state_steps)
+        steps, step_column = [0.0], _addresses(state_steps)
     pairs = list(zip(params, grads, strict=True))
     copies = [None if g.stride() == p.stride() else torch.empty_like(p).copy_(g) for p, g in pairs]
     read = [g if c is None else c for g, c in zip(grads, copies, strict=True)]
@@ -244,18 +243,15 @@ def adamw_triton(
             scalars = torch.empty((3, count), dtype=torch.float32, device=device)
             log_betas = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
             adamw_scalars_kernel[(triton.cdiv(count, SCALARS),)](
-                tensors, scalars, count, float(steps[0]), rate, device_lr, *log_betas, weight_decay, eps, found_inf,
+                tensors, scalars, count, steps[0], rate, device_lr, *log_betas, weight_decay, eps, found_inf,
                 STEPS_ON_GPU=steps_on_gpu, BLOCK=SCALARS, num_warps=4,
             )  # fmt: skip
             decay = step_size = scaled_eps = 0.0
         else:
             scalars, t = None, steps[0]
             correction2 = math.sqrt(1 - beta2**t)
-            decay, step_size, scaled_eps = (
-                1 - rate * weight_decay,
-                rate / (1 - beta1**t) * correction2,
-                eps * correction2,
-            )
+            decay, step_size = 1 - rate * weight_decay, rate / (1 - beta1**t) * correction2
+            scaled_eps = eps * correction2
         if len(chunks):
             adamw_kernel[(len(chunks),)](
                 tensors, chunks, count, scalars, decay, step_size, scaled_eps, 1 - beta1, beta2, 1 - beta2,
@@ -263,6 +259,8 @@ def adamw_triton(
                 PRESENT=present, MAXIMIZE=maximize, AMSGRAD=amsgrad, CHUNK=CHUNK,
                 num_warps=max(1, CHUNK // (lanes() * PER_THREAD)),
             )  # fmt: skip
+    if not steps_on_gpu:
+        torch._foreach_add_(state_steps, 1)
     if grad_scale is not None:
         for grad, copied in zip(grads, copies, strict=True):
             if copied is not None:

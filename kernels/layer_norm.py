@@ -86,6 +86,7 @@ def layer_norm_fwd_kernel(
     centred = tl.where(inside, values - mean, 0.0)
     residual, squares = tl.reduce((centred, centred * centred), 1, _add, keep_dims=True)
     rstd = reciprocal_std(corrected_variance(squares / size, residual / size), eps)
+    mean += residual / size  # what rounding took from it
     tl.store(stats + row, mean, mask=row < rows)
     tl.store(stats + rows + row, rstd, mask=row < rows)
     tl.store(y + row * size + col, _affine(normalized(values, mean, rstd), weight, bias, col, size), mask=inside)
@@ -109,7 +110,9 @@ def layer_norm_fwd_long_kernel(x, weight, bias, y, stats, rows, size, x_stride, 
         centred = tl.where(col < size, values - mean, 0.0)
         residual += centred
         squares += centred * centred
-    rstd = reciprocal_std(corrected_variance(tl.sum(squares, 0) / size, tl.sum(residual, 0) / size), eps)
+    residual_mean = tl.sum(residual, 0) / size
+    rstd = reciprocal_std(corrected_variance(tl.sum(squares, 0) / size, residual_mean), eps)
+    mean += residual_mean  # what rounding took from it
     tl.store(stats + row, mean)
     tl.store(stats + rows + row, rstd)
     for start in range(0, size, COLS):

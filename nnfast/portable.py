@@ -127,7 +127,7 @@ def linear_gelu(input, weight, bias, approximate) -> Tensor | None:
     return _LinearGelu.apply(input, weight, bias, approximate)
 
 
-def _read(group: dict, state: dict, numbers: list) -> tuple | None:
+def _read(group: dict, state: dict, scaler: list) -> tuple | None:
     """The arguments of one group's step, or None where it is torch's."""
     params = [p for p in group["params"] if p.grad is not None]
     if group["differentiable"] or not group["decoupled_weight_decay"] or not all(p in state for p in params):
@@ -156,12 +156,14 @@ def _read(group: dict, state: dict, numbers: list) -> tuple | None:
         return None
     if group["capturable"] and there[0] == host:
         return None
-    if any(t is not None and t.device != params[0].device for t in numbers):
+    if any(t is not None and t.device != params[0].device for t in scaler):
         return None
     if not group["amsgrad"]:
         lists.append([])
-    options = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize")}
-    return (*lists, steps), {"beta1": group["betas"][0], "beta2": group["betas"][1], **options}
+    numbers = {"weight_decay": group["weight_decay"], "eps": group["eps"]}
+    numbers["beta1"], numbers["beta2"] = group["betas"]
+    options = {name: float(value) for name, value in numbers.items()}
+    return (*lists, steps), {"lr": lr, "maximize": group["maximize"], **options}
 
 
 def adamw_(groups, state, grad_scale, found_inf) -> bool:

@@ -83,11 +83,11 @@ def launch_linear_gelu(depth: int, cols: int, approximate: str) -> None:
     linear_gelu.linear_gelu_backward_triton(y, x, weight, pre, approximate=approximate, output_mask=wanted)
 
 
-def launch_adamw(dtypes: list[torch.dtype], on_gpu: bool) -> None:
+def launch_adamw(dtypes: list[torch.dtype], on_gpu: bool, lr: float = 0.1, beta: float = 0.9, step: int = 1) -> None:
     adamw.on_gpu = lambda t: on_gpu
     lists = [[empty(10000, dtype=dtype) for dtype in dtypes] for _ in range(4)]
-    steps, one = [torch.zeros(()) for _ in dtypes], empty(1, dtype=torch.float32)
-    options = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
+    steps, one = [torch.tensor(float(step)) for _ in dtypes], empty(1, dtype=torch.float32)
+    options = {"lr": lr, "beta1": beta, "beta2": beta, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
     if on_gpu:
         options.update(lr=one, grad_scale=one, found_inf=one)
     adamw.adamw_triton(*lists, lists[0] if on_gpu else [], steps, **options)
@@ -102,6 +102,7 @@ if __name__ == "__main__":
     for approximate in ("none", "tanh"):
         launch_linear_gelu(768, 3072, approximate)
     launch_adamw([torch.float32], on_gpu=False)
+    launch_adamw([torch.float32], on_gpu=False, lr=1.0, beta=0.0, step=16)
     launch_adamw([torch.bfloat16], on_gpu=False)
     launch_adamw([torch.float32, torch.bfloat16, torch.float16], on_gpu=True)
     aligned = False

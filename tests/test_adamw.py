@@ -152,6 +152,15 @@ def test_opcheck():
         torch.library.opcheck(
             torch.ops.nnfast.adamw_.default, args, kwargs, test_utils=("test_schema", "test_faketensor")
         )
+        tensor_lr = {**kwargs, "lr": torch.tensor(0.1, dtype=torch.float64)}
+        torch.library.opcheck(
+            torch.ops.nnfast.adamw_.tensor_lr, args, tensor_lr, test_utils=("test_schema", "test_faketensor")
+        )
+        both = [copy.deepcopy(args) for _ in range(2)]
+        torch.ops.nnfast.adamw_.default(*both[0], **kwargs)
+        torch.ops.nnfast.adamw_.tensor_lr(*both[1], **tensor_lr)
+        torch.testing.assert_close(*both, rtol=0, atol=0)
+        assert not torch.equal(both[0][0][0], args[0][0]) and both[1][5][0] == 3
 
 
 def test_constructor_errors_are_torchs():

@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 # What an op must have, by its stem, and the layers that are still to come for some.
-ROOMS = ["csrc/{}.cpp", "csrc/cpu/{}.cpp", "csrc/cpu/{}.h", "kernels/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py"]
+ROOMS = ["csrc/{}.cpp", "csrc/cpu/{}.cpp", "csrc/cpu/{}.h", "csrc/cuda/{}.cpp", "csrc/cuda/{}.cu"]
+ROOMS += ["kernels/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py"]
 
 
 def stems():
@@ -32,14 +33,16 @@ def test_every_layer_has_every_op(stem, room):
 @pytest.mark.parametrize("stem", stems())
 def test_nothing_without_a_contract(stem):
     """No kernel of an op that has no schema."""
-    for layer in ("kernels", "csrc/cuda"):
-        for path in (ROOT / layer).glob("*.*"):
-            assert path.stem in {*stems(), "__init__", "shared"}, path
+    for path in (ROOT / "kernels").glob("*.*"):
+        assert path.stem in {*stems(), "__init__", "shared"}, path
+    for path in (ROOT / "csrc/cuda").glob("*.c*"):
+        assert path.name == "device.cuh" or path.stem.removesuffix("_sm90a") in stems(), path
 
 
 def test_no_torch_in_kernel_files():
     """Torch's headers cost seconds a file, and its inline functions must not be compiled for AVX-512."""
     kernels = [*(ROOT / "csrc/math").glob("*.h"), *(ROOT / "csrc/cpu").glob("avx*.cpp")]
+    kernels += [*(ROOT / "csrc/cuda").glob("*.cu*"), ROOT / "csrc/cuda/kernels.h"]
     kernels += [ROOT / "csrc/cpu" / f"{name}.h" for name in (*stems(), "simd", "kernels", "isa")]
     for path in kernels:
         includes = re.findall(r'#include [<"](.+?)[>"]', path.read_text())

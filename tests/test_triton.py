@@ -60,6 +60,12 @@ def test_every_kernel_fits(compiled, target):
 
 
 @pytest.mark.parametrize("target", SHARED)
+def test_a_new_step_compiles_nothing(compiled, target):
+    """AdamW: one kernel for each set of dtypes and flags, whatever lr, betas and step."""
+    assert [kernel["name"] for kernel in compiled[target]].count("adamw_kernel") == 3
+
+
+@pytest.mark.parametrize("target", SHARED)
 def test_resident_programs_are_resident(compiled, target):
     """A persistent backward starts as many programs as a multiprocessor holds at once, or a second wave would wait."""
     for kernel in compiled[target]:

@@ -67,8 +67,20 @@ void adamw_cpu(
     for (auto& [theirs, ours] : reordered) theirs.copy_(ours);
 }
 
+void adamw_tensor_lr_cpu(
+    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
+    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
+    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
+  adamw_cpu(
+      params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr.item<double>(), beta1, beta2, weight_decay,
+      eps, maximize, grad_scale, found_inf);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nnfast, CPU, m) { m.impl("adamw_", adamw_cpu); }
+TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
+  m.impl("adamw_", adamw_cpu);
+  m.impl("adamw_.tensor_lr", adamw_tensor_lr_cpu);
+}
 
 }  // namespace nnfast

@@ -36,26 +36,6 @@ DType cpu_dtype(const at::Tensor& t) {
   }
 }
 
-Rows rows_of(const at::Tensor& t, int64_t size, int64_t ndim) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  int64_t expected = 1;
-  for (int64_t d = t.dim() - 1; d >= t.dim() - ndim; --d) {
-    if (sizes[d] != 1 && strides[d] != expected) return {t.contiguous(), size};
-    expected *= sizes[d];
-  }
-  // The outer dimensions, from the innermost: each must continue where the one inside it ends.
-  int64_t stride = size, count = 1;
-  for (int64_t d = t.dim() - ndim - 1; d >= 0; --d) {
-    if (sizes[d] == 1) continue;
-    if (count == 1)
-      stride = strides[d];
-    else if (strides[d] != stride * count)
-      return {t.contiguous(), size};
-    count *= sizes[d];
-  }
-  return {t, stride};
-}
-
 RowSums::RowSums(bool wanted, int64_t threads, int64_t size, const at::Tensor& like)
     : threads_(threads), size_(size), dtype_(cpu_dtype(like)) {
   if (!wanted) return;

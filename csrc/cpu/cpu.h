@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "../rows.h"
 #include "kernels.h"
 
 namespace nnfast {
@@ -15,14 +16,6 @@ namespace nnfast {
 const Kernels* cpu_kernels();
 
 DType cpu_dtype(const at::Tensor& t);
-
-// Rows and their distance in elements, where the last `ndim` dimensions of t lie one after another and the rest
-// step evenly: a contiguous tensor, a slice of wider rows, one row expanded. Anything else is copied first.
-struct Rows {
-  at::Tensor tensor;
-  int64_t stride;
-};
-Rows rows_of(const at::Tensor& t, int64_t size, int64_t ndim);
 
 // Sums over rows, `size` of them side by side, taken by several threads in the accumulation type of `like`.
 //

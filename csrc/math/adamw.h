@@ -22,6 +22,8 @@ template <class A>
 struct AdamWStep {
   A decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
 
+  AdamWStep() = default;
+
   template <class B>
   NNFAST_FN explicit AdamWStep(const AdamWStep<B>& s)
       : decay(s.decay),

@@ -1,0 +1,227 @@
+// What the kernels share: 16-byte accesses, a row over the registers of several threads, sums over rows.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace nnfast::cuda {
+
+using bf16 = __nv_bfloat16;
+using f16 = __half;
+
+template <class T>
+constexpr int kVector = 16 / sizeof(T);  // elements of a 16-byte access
+
+// From a run-time dtype to a type: body(T{}).
+template <class Body>
+auto visit(DType t, Body body) {
+  switch (t) {
+    case DType::bf16: return body(bf16{});
+    case DType::f16: return body(f16{});
+    default: return body(float{});
+  }
+}
+
+inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+template <class... Params, class... Args>
+cudaError_t launch(
+    void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args&... args) {
+  kernel<<<grid, block, shared, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+// V elements as they lie in memory, read and written in pieces of 16 bytes at the most.
+template <class T, int V>
+struct Raw {
+  static constexpr int kPiece = V * sizeof(T) < 16 ? V : kVector<T>;
+  struct alignas(kPiece * sizeof(T)) Piece {
+    T v[kPiece];
+  };
+  Piece piece[V / kPiece];
+
+  __device__ void load(const T* p) {
+#pragma unroll
+    for (int k = 0; k < V / kPiece; ++k) piece[k] = reinterpret_cast<const Piece*>(p)[k];
+  }
+  __device__ void store(T* p) const {
+#pragma unroll
+    for (int k = 0; k < V / kPiece; ++k) reinterpret_cast<Piece*>(p)[k] = piece[k];
+  }
+  __device__ T& operator[](int i) { return piece[i / kPiece].v[i % kPiece]; }
+};
+
+template <int V, class T, class A>
+__device__ void load(const T* p, A (&x)[V]) {
+  Raw<T, V> raw;
+  raw.load(p);
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = A(raw[i]);
+}
+template <int V, class T, class A>
+__device__ void store(T* p, const A (&x)[V]) {
+  Raw<T, V> raw;
+#pragma unroll
+  for (int i = 0; i < V; ++i) raw[i] = T(x[i]);
+  raw.store(p);
+}
+
+// Which columns of a row of n <= Threads * E one thread of Threads holds. By 16-byte vectors where every row starts on
+// 16 bytes and ends with a vector; otherwise one by one, side by side with its neighbours, so that a warp's
+// accesses still are one run of memory. What lies past the end reads as 0 and is not written.
+template <class T, int Threads, int E>
+struct Columns {
+  static constexpr int V = kVector<T> < E ? kVector<T> : E;
+  int lane, n;
+  bool vectors;
+
+  __device__ int column(int e) const { return vectors ? (e / V * Threads + lane) * V + e % V : e * Threads + lane; }
+  __device__ bool inside(int e) const { return column(e) < n; }
+
+  template <class U, class Out>
+  __device__ void load(const U* row, Out (&x)[E]) const {
+    if (vectors) {
+#pragma unroll
+      for (int k = 0; k < E / V; ++k) {
+        Out piece[V] = {};
+        if (inside(k * V)) cuda::load<V>(row + column(k * V), piece);
+#pragma unroll
+        for (int j = 0; j < V; ++j) x[k * V + j] = piece[j];
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < E; ++e) x[e] = inside(e) ? Out(row[column(e)]) : Out(0);
+    }
+  }
+  template <class U, class In>
+  __device__ void store(U* row, const In (&x)[E]) const {
+    if (vectors) {
+#pragma unroll
+      for (int k = 0; k < E / V; ++k) {
+        In piece[V];
+#pragma unroll
+        for (int j = 0; j < V; ++j) piece[j] = x[k * V + j];
+        if (inside(k * V)) cuda::store<V>(row + column(k * V), piece);
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < E; ++e)
+        if (inside(e)) row[column(e)] = U(x[e]);
+    }
+  }
+};
+
+// The sums of K values each over `Threads` threads side by side, in a fixed order, for all of them. More threads than a
+// warp are the whole block; calls that may follow one another without a barrier between them take turns with `Slot`.
+template <int Threads, int K, int Slot>
+__device__ void sum_over_threads(float (&s)[K]) {
+#pragma unroll
+  for (int offset = std::min(Threads, 32) / 2; offset > 0; offset /= 2)
+#pragma unroll
+    for (int k = 0; k < K; ++k) s[k] += __shfl_xor_sync(~0u, s[k], offset);
+  if constexpr (Threads > 32) {
+    __shared__ float parts[Threads / 32][K];
+    if (threadIdx.x % 32 == 0)
+#pragma unroll
+      for (int k = 0; k < K; ++k) parts[threadIdx.x / 32][k] = s[k];
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < Threads / 32; ++w) sum += parts[w][k];
+      s[k] = sum;
+    }
+  }
+}
+
+// ---- sums over rows, in two steps without atomics, so that a result repeats to the bit ----
+
+// First step, where a row does not fit into registers or nothing else is done with it: tiles of kTileRows x 32 V
+// columns walk down the rows. body(row, columns, s) adds a row to the K sums; s is then written to
+// parts[k][blockIdx.y], rows of n.
+constexpr int kTileRows = 8;
+constexpr int kTileThreads = 32 * kTileRows;
+constexpr int64_t kRowsPerPart = 64;  // rows a block sums at the least; a measurement should settle it
+constexpr int64_t kMaxParts = 512;
+
+inline int64_t tile_parts(int64_t rows) {
+  return std::max<int64_t>(1, std::min(kMaxParts, (rows + kRowsPerPart - 1) / kRowsPerPart));
+}
+template <class T>
+dim3 tile_grid(int64_t rows, int64_t n) {
+  const int64_t width = 32 * kVector<T>;
+  return dim3((n + width - 1) / width, tile_parts(rows));
+}
+
+template <class T, int K, class Body>
+__device__ void sum_tile(int64_t rows, int64_t n, bool vectors, float* parts, Body body) {
+  constexpr int V = kVector<T>;
+  const int64_t first = int64_t(blockIdx.x) * 32 * V;
+  const int width = n - first < 32 * V ? int(n - first) : 32 * V;
+  const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
+  const Columns<T, 32, V> columns{lane, width, vectors};
+  float s[K][V] = {};
+  for (int64_t row = int64_t(blockIdx.y) * kTileRows + line; row < rows; row += int64_t(gridDim.y) * kTileRows)
+    body(row * n + first, row, first, columns, s);
+  __shared__ float lines[kTileRows][K][V][32];
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+#pragma unroll
+    for (int v = 0; v < V; ++v) lines[line][k][v][lane] = s[k][v];
+  __syncthreads();
+  if (line >= K) return;  // warp k adds up the lines of sum k
+  float total[V] = {};
+#pragma unroll
+  for (int l = 0; l < kTileRows; ++l)
+#pragma unroll
+    for (int v = 0; v < V; ++v) total[v] += lines[l][line][v][lane];
+  float* part = parts + (int64_t(line) * gridDim.y + blockIdx.y) * n + first;
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+    if (columns.inside(v)) part[columns.column(v)] = total[v];
+}
+
+// Second step: out[blockIdx.y][column] = the sum of `count` parts.
+constexpr int kSumLines = 16;
+
+template <class Out>
+__global__ void __launch_bounds__(32 * kSumLines)
+    sum_parts_kernel(const float* parts, int64_t count, int64_t n, Out* first, Out* second) {
+  const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
+  const int64_t column = int64_t(blockIdx.x) * 32 + lane;
+  Out* out = blockIdx.y ? second : first;
+  if (!out) return;
+  parts += blockIdx.y * count * n;
+  float s = 0;
+  if (column < n)
+#pragma unroll 4
+    for (int64_t k = line; k < count; k += kSumLines) s += parts[k * n + column];
+  __shared__ float lines[kSumLines][32];
+  lines[line][lane] = s;
+  __syncthreads();
+  if (line || column >= n) return;
+  float total = 0;
+#pragma unroll
+  for (int l = 0; l < kSumLines; ++l) total += lines[l][lane];
+  out[column] = Out(total);
+}
+
+inline cudaError_t sum_parts(
+    const float* parts, int64_t count, int64_t n, DType out, void* first, void* second, cudaStream_t stream) {
+  if (!n || (!first && !second)) return cudaSuccess;
+  return visit(out, [&](auto o) {
+    using Out = decltype(o);
+    return launch(
+        sum_parts_kernel<Out>, dim3((n + 31) / 32, second ? 2 : 1), 32 * kSumLines, 0, stream, parts, count, n,
+        static_cast<Out*>(first), static_cast<Out*>(second));
+  });
+}
+
+}  // namespace nnfast::cuda

@@ -1,0 +1,92 @@
+// What the CUDA kernels offer to the rest of the extension: plain functions over plain pointers and a stream. No torch
+// header is needed here: they cost half a minute a file.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "../math/adamw.h"
+
+namespace nnfast::cuda {
+
+enum class DType : uint8_t { f32, bf16, f16 };  // float64 is torch's
+
+// Rows of `size` elements. Output rows are contiguous.
+struct LayerNormForward {
+  DType dtype, weight_dtype;
+  int64_t rows, size, input_stride;
+  double eps;
+  const void *input, *weight, *bias;  // weight and bias may be null
+  void* output;
+  float *mean, *rstd;  // one a row
+};
+struct LayerNormBackward {
+  DType dtype, weight_dtype;
+  int64_t rows, size, grad_out_stride, input_stride;
+  const void *grad_out, *input, *weight;
+  const float *mean, *rstd;
+  void *grad_input, *grad_weight, *grad_bias;  // any may be null
+};
+cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream);
+// `parts` holds 2 x layer_norm_parts(b) x size numbers: sums over rows, on their way to grad_weight and grad_bias.
+int64_t layer_norm_parts(const LayerNormBackward& b);
+cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaStream_t stream);
+
+// output = gelu(input), over contiguous elements.
+cudaError_t gelu(DType dtype, bool tanh, int64_t count, const void* input, void* output, cudaStream_t stream);
+
+// grad_pre = grad_out gelu'(pre), over contiguous rows of `size` elements, and its sum over the rows.
+struct GeluBackward {
+  DType dtype;
+  bool tanh;
+  int64_t rows, size;
+  const void *grad_out, *pre;
+  void *grad_pre, *grad_bias;  // grad_bias may be null; so may then `parts`
+};
+int64_t gelu_parts(const GeluBackward& b);  // `parts` holds that many x size numbers
+cudaError_t gelu_backward(const GeluBackward& b, float* parts, cudaStream_t stream);
+
+// pre = input weight^T + bias rounded to its type, output = gelu(pre), in one kernel for sm_90a: bf16 or f16, every
+// pointer on 16 bytes, out and in multiples of 8.
+struct LinearGelu {
+  DType dtype;
+  bool tanh;
+  int64_t rows, in, out;
+  const void *input, *weight, *bias;  // (rows, in), (out, in), (out) or null
+  void *output, *pre;                 // (rows, out)
+  int device;
+};
+int64_t linear_gelu_workspace(const LinearGelu& f);  // bytes
+// What CUTLASS has to say against it, or null.
+const char* linear_gelu(const LinearGelu& f, void* workspace, cudaStream_t stream);
+
+// One tensor of an AdamW step, in a table that lies on the device.
+struct AdamWTensor {
+  void *param, *grad, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null without amsgrad
+  float* step;         // the count on the device, which the kernel advances; or null:
+  double step_offset;  // then the count is the launch's step plus this
+  int64_t size;
+  uint32_t chunks;  // of the tensor, at least 1
+  uint32_t done;    // chunks of this launch that have read the step; 0 between launches
+  DType param_dtype, grad_dtype, moments_dtype;
+  bool aligned;  // every pointer on 16 bytes
+};
+constexpr int64_t kAdamWChunk = 8192;  // elements a block updates; a measurement should settle it
+struct AdamWChunk {
+  uint32_t tensor, index;
+};
+struct AdamW {
+  AdamWTensor* tensors;  // both on the device
+  const AdamWChunk* chunks;
+  int64_t chunk_count;
+  double lr, beta1, beta2, weight_decay, eps;
+  const void* device_lr;  // null, or one number there in place of lr
+  bool device_lr_is_double, maximize;
+  const float *grad_scale, *found_inf;  // null, or one number on the device
+  double step;
+  AdamWStep<double> scalars;  // of a tensor at `step`, where lr is known here
+};
+cudaError_t adamw(const AdamW& a, cudaStream_t stream);
+
+}  // namespace nnfast::cuda

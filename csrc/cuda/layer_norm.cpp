@@ -1,0 +1,91 @@
+// LayerNorm on a CUDA device: memory and the way to the kernels of layer_norm.cu.
+#include <ATen/native/layer_norm.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "../op.h"
+#include "../rows.h"
+#include "cuda.h"
+
+namespace nnfast::cuda {
+namespace {
+
+// torch's own error where the shapes are wrong, and one of ours where the dtypes are not covered.
+std::pair<int64_t, int64_t> check(
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias) {
+  const auto extents =
+      at::native::_check_layer_norm_inputs(input, normalized_shape, weight.value_or(Tensor()), bias.value_or(Tensor()));
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      covers_layer_norm(input, normalized_shape, weight, bias),
+      "nnfast::layer_norm does not cover this call; nnfast.nn.functional.layer_norm hands it to torch");
+  return extents;
+}
+
+OptTensor contiguous(const OptTensor& t) { return defined(t) ? OptTensor(t->contiguous()) : std::nullopt; }
+
+const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() : nullptr; }
+void* data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+
+const Tensor& affine(const Tensor& input, const OptTensor& weight, const OptTensor& bias) {
+  return defined(weight) ? *weight : defined(bias) ? *bias : input;
+}
+
+std::tuple<Tensor, Tensor> layer_norm_cuda(
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_,
+    double eps) {
+  const auto [rows, size] = check(input, normalized_shape, weight_, bias_);
+  const On on(input);
+  const OptTensor weight = contiguous(weight_), bias = contiguous(bias_);
+  const Rows x = rows_of(input, size, normalized_shape.size());
+  Tensor output = at::empty(input.sizes(), input.options());
+  Tensor stats = at::empty({2, rows}, input.options().dtype(at::kFloat));
+  C10_CUDA_CHECK(
+      cuda::layer_norm(
+          {dtype_of(input), dtype_of(affine(input, weight, bias)), rows, size, x.stride, eps, x.tensor.const_data_ptr(),
+           data(weight), data(bias), output.mutable_data_ptr(), stats.mutable_data_ptr<float>(),
+           stats.mutable_data_ptr<float>() + rows},
+          on.stream));
+  return {output, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
+    const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats,
+    const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
+  const auto [rows, size] = check(input, normalized_shape, weight_, bias);
+  const On on(input);
+  const OptTensor weight = contiguous(weight_);
+  const Rows g = rows_of(grad_out, size, normalized_shape.size()), x = rows_of(input, size, normalized_shape.size());
+  const auto grad_of = [&](const OptTensor& t, bool wanted) {
+    return wanted && defined(t) ? at::empty(normalized_shape, t->options()) : Tensor();
+  };
+  Tensor grad_input = output_mask[0] ? at::empty(input.sizes(), input.options()) : Tensor();
+  Tensor grad_weight = grad_of(weight, output_mask[1]), grad_bias = grad_of(bias, output_mask[2]);
+  const LayerNormBackward b{
+      dtype_of(input),
+      dtype_of(affine(input, weight, bias)),
+      rows,
+      size,
+      g.stride,
+      x.stride,
+      g.tensor.const_data_ptr(),
+      x.tensor.const_data_ptr(),
+      data(weight),
+      stats.const_data_ptr<float>(),
+      stats.const_data_ptr<float>() + rows,
+      data(grad_input),
+      data(grad_weight),
+      data(grad_bias)};
+  Tensor parts;
+  if (grad_weight.defined() || grad_bias.defined()) parts = at::empty({2, layer_norm_parts(b), size}, stats.options());
+  C10_CUDA_CHECK(cuda::layer_norm_backward(b, static_cast<float*>(data(parts)), on.stream));
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nnfast, CUDA, m) {
+  m.impl("layer_norm", layer_norm_cuda);
+  m.impl("layer_norm_backward", layer_norm_backward_cuda);
+}
+
+}  // namespace nnfast::cuda
