@@ -112,18 +112,22 @@ def _find(module: torch.nn.Module) -> tuple[type | None, list[str]]:
     kind = type(module)
     if kind in _OURS:
         return _OURS[kind], []
-    if kind in _TORCHS or isinstance(kind, own.Own) or kind.__module__.startswith("torch."):
+    if kind in _TORCHS or own.gelu_of(module) or kind.__module__.startswith("torch."):
         return None, []
-    names = own.our_names(kind.forward)
+    accelerated = isinstance(kind, own.Own)
+    base = _before(kind) if accelerated else kind
+    called = set().union(*own.calls(base.forward).values())
     linears = any(isinstance(child, own.linear_classes()) for child in module.children())
-    fusable = linears and (own.reads(kind.forward, "gelu") or any(map(_is_gelu, module.children())))
+    fusable = linears and ("gelu" in called or any(map(_is_gelu, module.children())))
     looks_like_ours = isinstance(module, tuple(_OURS)) or "gelu" in kind.__name__.lower()
-    if why := own.why_not(module):
-        return None, [why] if names or fusable or looks_like_ours else []
+    if not accelerated and (why := own.why_not(module)):
+        return None, [why] if called or fusable or looks_like_ours else []
     if formula := trace.gelu_formula(module):
         return own.gelu_class(kind, *formula), []
-    pairs, why = trace.linear_gelu_pairs(module, _is_gelu, bool(names)) if fusable else ((), [])
-    if pairs or names:
+    pairs, why = trace.linear_gelu_pairs(module, _is_gelu, "gelu" in called) if fusable else ((), [])
+    if accelerated:
+        return None, why
+    if pairs or called:
         return own.module_class(kind, pairs), why
     if looks_like_ours:
         why = [*why, f"{kind.__module__}.{kind.__qualname__} computes something of its own"]

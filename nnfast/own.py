@@ -11,6 +11,7 @@ The classes go by the name of the class they are made for, pickle as how they we
 import copyreg
 import dis
 import functools
+import itertools
 import sys
 import types
 
@@ -49,7 +50,8 @@ class _Quiet:
 
 def _subclass(base: type, namespace: dict, meta: type = type) -> type:
     named = {k: getattr(base, k) for k in ("__module__", "__qualname__", "__doc__")}
-    return meta(base.__name__, (_Quiet, base), {**named, **namespace})
+    bases = (base,) if issubclass(base, _Quiet) else (_Quiet, base)
+    return meta(base.__name__, bases, {**named, **namespace})
 
 
 def _under(module: torch.nn.Module, cls: type) -> torch.nn.Module:
@@ -144,10 +146,9 @@ def what(module: torch.nn.Module) -> str:
     kind = type(module)
     if gelu := gelu_of(module):
         return f"GELU, approximate={gelu[0]!r}"
-    _, pairs = kind._nnfast_made_from
-    parts = [
-        f"F.{op}" for op in _OUR_NAMES if our_names(kind.forward.__wrapped__) and reads(kind.forward.__wrapped__, op)
-    ]
+    base, pairs = kind._nnfast_made_from
+    called = calls(base.forward)
+    parts = [f"F.{op}" for op in _OUR_NAMES if any(op in ops for ops in called.values())]
     for name, gelu_name, approximate in pairs:
         linear = module._modules.get(name)
         fused = linear is not _with_follower(module, linear, gelu_name, approximate)
@@ -214,36 +215,32 @@ def linear_classes() -> tuple[type, ...]:
 _OUR_NAMES = ("layer_norm", "gelu")
 
 
-def reads(function, name: str) -> bool:
-    return type(function) is types.FunctionType and name in function.__code__.co_names
-
-
-def our_names(function) -> dict:
-    """The names of its module by which ``function`` reaches what is ours, and what they shall mean."""
+def calls(function) -> dict[str, set[str]]:
+    """The names of its module by which ``function`` reaches torch's ``layer_norm`` or ``gelu``, and which of them."""
     if type(function) is not types.FunctionType:
         return {}
-    code = function.__code__
-    read = {name: function.__globals__.get(name) for name in code.co_names if name in function.__globals__}
-    meant = [(getattr(_TORCHS_F, op), getattr(nn.functional, op)) for op in _OUR_NAMES]
-    if any(op in code.co_names for op in _OUR_NAMES):
-        meant.append((_TORCHS_F, nn.functional))
-    ours = {name: mine for name, value in read.items() for theirs, mine in meant if value is theirs}
-    writes = any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in dis.get_instructions(code))
-    return {} if writes else ours
+    found: dict[str, set[str]] = {}
+    instructions = list(dis.get_instructions(function))
+    for this, following in itertools.pairwise(instructions):
+        if this.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+            return {}
+        if this.opname == "LOAD_GLOBAL":
+            value = function.__globals__.get(this.argval)
+            for op in _OUR_NAMES:
+                if value is getattr(_TORCHS_F, op) or (value is _TORCHS_F and following.argval == op):
+                    found.setdefault(this.argval, set()).add(op)
+    return found
 
 
 def with_our_functional(function):
     """``function`` as if its file had imported ours; itself where that makes no difference."""
-    ours = our_names(function)
-    if not ours:
+    called = calls(function)
+    if not called:
         return function
-    changed = types.FunctionType(
-        function.__code__,
-        _Names(function.__globals__, ours),
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
+    torchs = function.__globals__
+    ours = {n: nn.functional if torchs[n] is _TORCHS_F else getattr(nn.functional, *ops) for n, ops in called.items()}
+    code, names = function.__code__, _Names(torchs, ours)
+    changed = types.FunctionType(code, names, function.__name__, function.__defaults__, function.__closure__)
     changed.__kwdefaults__ = function.__kwdefaults__
     return changed
 

@@ -13,22 +13,7 @@ from nnfast import reference
 from nnfast.own import _subclass, linear_classes
 
 #: All that a formula of an activation may be made of: each takes element by element.
-_ELEMENTWISE = {
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "neg",
-    "pow",
-    "square",
-    "sqrt",
-    "tanh",
-    "erf",
-    "erfc",
-    "sigmoid",
-    "gelu",
-}
-_ELEMENTWISE |= {"div", "exp", "clip", "clamp", "minimum", "maximum"}
+_ELEMENTWISE = {"add", "sub", "mul", "truediv", "div", "neg", "pow", "square", "sqrt", "tanh", "erf", "erfc", "gelu"}
 
 
 class CannotTrace(Exception):
@@ -64,7 +49,7 @@ def trace(module: torch.nn.Module, training: bool) -> tuple[Graph, set[str]]:
     try:
         graph = _Leaves().trace(stand_in)
     except Exception as e:  # whatever a forward raises that is given no tensors
-        why = str(e).strip().split("\n")[0]
+        why = str(e).strip().split("\n")[0].split(". ")[0]
         raise CannotTrace(f"its forward cannot be traced ({type(e).__name__}: {why})") from e
     after = stand_in.__dict__
     if after.keys() != before.keys() or any(not _same(after[k], before[k]) for k in before):
@@ -89,7 +74,7 @@ def gelu_formula(module: torch.nn.Module) -> tuple[str, bool] | None:
     elementwise functions of its one input, and these are the GELU's at some thousand points of the line, in float64
     and to ten digits. ``formula``: whether it is written out, and not a call of torch's GELU.
     """
-    if next(module.children(), module._parameters or module._buffers or None):
+    if module._modules or module._parameters or module._buffers:
         return None
     found = {_gelu_formula(module, training) for training in (True, False)}
     return found.pop() if len(found) == 1 else None
