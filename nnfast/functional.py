@@ -118,7 +118,8 @@ def linear_ahead(input: Tensor, weight: Tensor, bias: Tensor | None, approximate
     """``linear(input, weight, bias)`` that has its GELU computed with it, or None where the call is torch's.
 
     The result is the Linear's, whoever reads it. Where :func:`gelu` is its next reader, the GELU is there already.
-    It goes with the tensor: no thread, exception or recomputation can mistake it for another's.
+    It goes with the tensor: no thread, exception or recomputation can mistake it for another's. The result is also
+    what the backward needs to see again, so that a change of it in place makes backward raise, as torch does.
     """
     if is_compiling() or torch.is_inference_mode_enabled():  # there tensors do not count their changes
         return None

@@ -3,7 +3,8 @@
 The user's ``forward`` itself runs, at every call, and never a recording of it: whatever it branches on, counts or
 prints, it does as before. What differs is what it finds where it looks for torch's. A name of its module that means
 ``torch.nn.functional`` means ours (:func:`with_our_functional`), and a Linear whose GELU follows takes that along
-(:class:`_Seen`). Each gives what torch's would, so that a wrong guess costs time and no digit.
+(:func:`_seen_class`). Each gives what torch's would, so that a wrong guess costs time and no digit. One thing alone
+must not be hidden from the trace: a change of the Linear's output in place makes backward raise.
 
 The classes go by the name of the class they are made for, pickle as how they were made, and touch no other class.
 """
@@ -80,7 +81,6 @@ def gelu_class(base: type, approximate: str, formula: bool) -> type:
     Args:
         formula: whether its forward is made of several ops, and not a call of torch's GELU.
     """
-
     theirs = base.forward
 
     @functools.wraps(theirs)
@@ -206,8 +206,8 @@ def _linear_class(base: type, approximate: str, formula: bool) -> type:
 
 def linear_classes() -> tuple[type, ...]:
     """Linear, and GPT-2's Conv1D, whose weight is ``(in_features, out_features)``, where somebody has imported it."""
-    transformers = sys.modules.get("transformers.pytorch_utils")
-    return (torch.nn.Linear,) if transformers is None else (torch.nn.Linear, transformers.Conv1D)
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return (torch.nn.Linear,) if conv1d is None else (torch.nn.Linear, conv1d)
 
 
 # ---- torch.nn.functional, by the names of the user's own file ----

@@ -366,6 +366,8 @@ def test_in_place_change_that_a_trace_did_not_see(cpu_kernels):
     x = torch.randn(3, 8)
     with torch.no_grad():
         torch.testing.assert_close(model(x), TF.gelu(2 * TF.linear(x, model.c_fc.weight, model.c_fc.bias)))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(x).sum().backward()
 
 
 def test_a_direct_call_is_the_linears_own(cpu_kernels, fused):
