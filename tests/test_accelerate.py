@@ -330,11 +330,14 @@ def test_what_a_trace_did_not_see(cpu_kernels, fused):
                 h = h * 3
             if self.flag == "no_grad":
                 with torch.no_grad():
-                    return self.gelu(h) + h
+                    a = self.gelu(h)
+                return a + h
             if self.flag == "hooked" and h.requires_grad:
                 h.register_hook(lambda g: g * 2)
             if self.flag == "read":
                 return self.gelu(h) + h.exp()
+            if self.flag == "tanh":
+                return F.gelu(h, approximate="tanh")
             if self.flag == "error":
                 raise ValueError(self.flag)
             if self.flag == "twice":
@@ -344,7 +347,7 @@ def test_what_a_trace_did_not_see(cpu_kernels, fused):
     model = Later()
     plain = copy.deepcopy(model)
     nnfast.accelerate(model)
-    for flag in (False, "scaled", "no_grad", "hooked", "read", "twice", False):
+    for flag in (False, "scaled", "no_grad", "hooked", "read", "twice", "tanh", False):
         model.flag = plain.flag = flag
         assert_same(model, plain, torch.randn(3, 8))
     assert fused
