@@ -1,6 +1,6 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear_gelu: the result, or None where the call is torch's.
+// layer_norm, gelu, linear_gelu, linear_gelu_pre: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -148,7 +148,8 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// linear_gelu(input, weight, bias, approximate)
+// linear_gelu(input, weight, bias, approximate), and linear_gelu_pre with the same arguments: (output, pre).
+template <bool WithPre>
 PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4) return wrong_arguments("linear_gelu(input, weight, bias, approximate)");
@@ -160,12 +161,14 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!open(kLinearGelu, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
       !covers_linear_gelu(input, weight, bias, approximate))
     Py_RETURN_NONE;
-  Tensor output;
+  Tensor output, pre;
   {
     pybind11::gil_scoped_release no_gil;
-    output = std::get<0>(linear_gelu(input, weight, bias, approximate));
+    std::tie(output, pre) = linear_gelu(input, weight, bias, approximate);
   }
-  return THPVariable_Wrap(std::move(output));
+  if constexpr (!WithPre) return THPVariable_Wrap(std::move(output));
+  THPObjectPtr first(THPVariable_Wrap(std::move(output))), second(THPVariable_Wrap(std::move(pre)));
+  return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
   END_HANDLE_TH_ERRORS
 }
 
@@ -469,7 +472,8 @@ PyObject* py_cpu_kernels(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     FAST("layer_norm", py_layer_norm),
     FAST("gelu", py_gelu),
-    FAST("linear_gelu", py_linear_gelu),
+    FAST("linear_gelu", py_linear_gelu<false>),
+    FAST("linear_gelu_pre", py_linear_gelu<true>),
     FAST("adamw_", py_adamw_),
     {"hold", py_hold, METH_O, nullptr},
     {"cpu_kernels", py_cpu_kernels, METH_NOARGS, nullptr},

@@ -65,6 +65,7 @@ def test_import_is_quiet():
     code = (
         "import sys, torch; before = torch.nn.LayerNorm, torch.nn.functional.layer_norm, torch.optim.AdamW;"
         "import nnfast;"
+        "assert nnfast.nn.functional.gelu is nnfast.functional.gelu, 'torch.nn star-imports a functional too';"
         "assert not torch.cuda.is_initialized();"
         "assert not {'torch._inductor', 'triton'} & {*sys.modules};"
         "assert before == (torch.nn.LayerNorm, torch.nn.functional.layer_norm, torch.optim.AdamW)"

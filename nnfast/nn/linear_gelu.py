@@ -60,7 +60,7 @@ def gelu_of_linear(input: Tensor, linear: torch.nn.Module, activation) -> Tensor
         approximate is not None
         and type(linear) is torch.nn.Linear
         and isinstance(input, Tensor)
-        and _unobserved(linear)
+        and unobserved(linear)
         and not _has_any_global_hook()
         and not is_compiling()
     ):
@@ -70,11 +70,11 @@ def gelu_of_linear(input: Tensor, linear: torch.nn.Module, activation) -> Tensor
 
 def _approximate(activation) -> str | None:
     if type(activation) in (torch.nn.GELU, GELU):
-        return activation.approximate if _unobserved(activation) else None
+        return activation.approximate if unobserved(activation) else None
     return "none" if activation is torch.nn.functional.gelu else None
 
 
-def _unobserved(module: torch.nn.Module) -> bool:
+def unobserved(module: torch.nn.Module) -> bool:
     """Whether nobody could notice that ``module.__call__`` was not made."""
     return not (
         module._forward_pre_hooks
