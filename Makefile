@@ -10,6 +10,7 @@
 # alone: make test PYTHON=/path/to/python
 
 TORCH := 2.13.0
+TRITON := 3.6.0
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 
@@ -76,10 +77,12 @@ compile-gpu: $(INSTALLED)
 clean:
 	rm -rf build *.egg-info nnfast/_C.*.so nnfast/_built_for.txt benchmarks/out
 
-# The constraint keeps every other package from bringing another torch along.
+# The constraints keep every other package from bringing another torch along, and the Triton that is there.
 $(INSTALLED): $(SOURCES) | $(if $(filter $(VENV)/%,$(PYTHON)),$(PYTHON))
 	mkdir -p build
 	$(PYTHON) -c "import torch; print('torch==' + torch.__version__.split('+')[0])" > build/constraints.txt
+	$(PYTHON) -c "import importlib.metadata as m; print('triton==' + m.version('triton'))" >> build/constraints.txt 2> /dev/null \
+		|| echo "triton==$(TRITON)" >> build/constraints.txt
 	$(PIP) -c build/constraints.txt "setuptools>=77" wheel ninja numpy
 	$(PIP) -c build/constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@

@@ -66,10 +66,12 @@ constexpr std::array<const char*, 4> kOps = {"layer_norm", "gelu", "linear_gelu"
 // Python registers and then says so.
 std::array<Backend, 4> in_cpp, on_gpu;
 
-bool open(Op op, const Tensor& t) {
+bool served(Op op, const Tensor& t) {
   const auto owner = !t.is_cpu() ? on_gpu[op] : cpu_kernels() ? Backend::cpu : Backend::torch;
-  return owner != Backend::torch && owner == held.value_or(owner) && ordinary_thread();
+  return owner != Backend::torch && owner == held.value_or(owner);
 }
+
+bool open(Op op, const Tensor& t) { return served(op, t) && ordinary_thread(); }
 
 // A tensor of exactly torch's type, or None.
 bool is_plain(PyObject* o) { return THPVariable_CheckExact(o); }
@@ -382,7 +384,7 @@ bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
       if (!state_of_p[k] || !ordinary(*state_of_p[k])) return false;
     }
     const auto [step, exp_avg, exp_avg_sq, top] = state_of_p;
-    if (!open(kAdamW, *param) || !ordinary(*param) || !ordinary(*grad) ||
+    if (!served(kAdamW, *param) || !ordinary(*param) || !ordinary(*grad) ||
         !covers_adamw(*param, *grad, *exp_avg, *exp_avg_sq, *top, *step))
       return false;
     if (capturable && !step->is_cuda()) return false;  // torch's own error

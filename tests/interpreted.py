@@ -78,6 +78,8 @@ def _triton_serves(request, monkeypatch):
 
         library.impl(op, record, "CPU", allow_override=True)
     monkeypatch.setattr(layer_norm, "TILE", 256)
+    monkeypatch.setattr(layer_norm, "WARPS_PER_PROCESSOR", 4)
+    monkeypatch.setattr(linear_gelu, "GRAD_PROGRAMS", 1)
     monkeypatch.setattr(adamw, "CHUNK", 64)
     linear_gelu._tuned.clear()
     adamw._tables.clear()
@@ -212,9 +214,11 @@ def test_linear_gelu_layouts():
         compare_linear_gelu((x, w.detach().requires_grad_(), bias, "tanh"), g, f"weight {name}")
 
 
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", HALF)
-def test_the_pre_activation_is_rounded_before_its_gelu(dtype):
+def test_the_pre_activation_is_rounded_before_its_gelu(dtype, target):
     """The output is the GELU of what is stored, as from torch's two calls: to the bit, where GELU is not tiny."""
+    driver.set_active(Machine(target, processors=2))
     x, weight = torch.randn(60, 40).to(dtype), torch.randn(64, 40).to(dtype)
     output, pre = torch.ops.nnfast.linear_gelu(x, weight, None)
     same = output == reference.gelu(pre.double()).to(dtype)
@@ -281,11 +285,13 @@ def test_adamw_layouts():
             optimizer.step()
             results.append(p.detach())
         torch.testing.assert_close(*results, msg=name)
+        *_, (columns, _) = adamw._tables.values()
+        assert (columns[adamw.KIND.value] == [4]) == (name == "misaligned"), "16-byte loads only from 16-byte addresses"
 
 
 def test_adamw_tables_are_kept():
     """No new table while addresses stay and steps advance together; one for a new gradient or a lagging step."""
-    params = [torch.randn(100, requires_grad=True) for _ in range(3)]
+    params = [torch.randn(size, requires_grad=True) for size in (100, 70, 130)]
     others = [p.detach().clone().requires_grad_() for p in params]
     pairs = (optim.AdamW(params, lr=0.1), params), (torch.optim.AdamW(others, lr=0.1), others)
     tables = []
@@ -293,8 +299,8 @@ def test_adamw_tables_are_kept():
         for optimizer, group in pairs:
             for p in group:
                 if p.grad is None or step == 2:
-                    p.grad = torch.ones(100)
-                p.grad.copy_(torch.arange(100) % 7 - step)
+                    p.grad = torch.ones_like(p)
+                p.grad.copy_(torch.arange(len(p)) % 7 - step)
             if step == 4:
                 group[1].grad = None
             optimizer.step()

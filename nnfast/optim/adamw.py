@@ -27,8 +27,10 @@ class AdamW(torch.optim.AdamW):
         p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     Parameters, gradients and moments share a dtype (float32, float64, bfloat16, float16); the arithmetic is in
-    float32, or float64 for float64. Of a DTensor (FSDP2) the local shard is stepped. Whatever the kernels do not
-    cover (complex, sparse, capturable, differentiable, a device without kernels, ...) goes through torch's own code.
+    float32, or float64 for float64. Of a DTensor (FSDP2) the local shard is stepped. On a GPU, a step of
+    ``capturable`` or ``fused`` parameters, a tensor ``lr`` and a GradScaler's numbers are read there and the host waits
+    for nothing. Whatever the kernels do not cover (complex, sparse, differentiable, float64 on a GPU, a device without
+    kernels, ...) goes through torch's own code.
     """
 
     @_use_grad_for_differentiable
