@@ -151,8 +151,7 @@ struct LinearGelu {
   static constexpr bool is_traceable = false;
 
   // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
-  // Ours alone are the gradients that nobody else holds, and the backward op may then write over them.
-  static variable_list backward(AutogradContext* ctx, variable_list& grads) {
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const NotRecorded guard;
     const auto &input = saved[0], &weight = saved[1], &pre = saved[2];

@@ -81,7 +81,8 @@ Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   return output;
 }
 
-// Whether nobody will read t again: what autograd hands to the only node that wants it, as AccumulateGrad sees it.
+// Whether nobody else will read the gradient t: autograd's engine holds it for the node that asks, and no other does.
+// AccumulateGrad takes such a one for its own, too.
 bool is_ours_alone(const Tensor& t) {
   return !at::GradMode::is_enabled() && t.use_count() == 1 && t.has_storage() && t.storage().use_count() == 1 &&
          t.is_contiguous();
