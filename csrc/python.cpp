@@ -423,7 +423,8 @@ PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
       continue;
     }
     std::vector<Tensor> held;
-    for (const auto* list : {&g.params, &g.grads, &g.exp_avgs, &g.exp_avg_sqs, &g.max_exp_avg_sqs, &g.state_steps})
+    for (const auto* list :
+         {&g.params, &g.grads, &g.exp_avgs, &g.exp_avg_sqs, &g.max_exp_avg_sqs, &g.state_steps, &g.sharded})
       held.insert(held.end(), list->tensors().begin(), list->tensors().end());
     pybind11::gil_scoped_release no_gil;
     g.step(grad_scale, found_inf);

@@ -337,12 +337,12 @@ def test_steps_in_16_bits_are_counted_in_float():
     p = torch.ones(3, dtype=torch.bfloat16, requires_grad=True)
     p.grad = torch.ones_like(p)
     optimizer = optim.AdamW([p], lr=1e-3)
-    for _ in range(258):
+    for _ in range(257):
         optimizer.step()
     again = optim.AdamW([p])
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     again.step()
-    assert again.state[p]["step"] == 259 and again.state[p]["step"].dtype == torch.float32
+    assert again.state[p]["step"] == 258 and again.state[p]["step"].dtype == torch.float32
 
 
 def test_named_parameters_and_hooks_of_the_state_dict():

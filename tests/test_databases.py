@@ -16,6 +16,7 @@ from torch.testing._internal.common_modules import module_db
 from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 from torch.utils._pytree import tree_map
 
+import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 import nnfast.optim as optim
@@ -97,14 +98,8 @@ class LinearThenGELU(torch.nn.Linear):
         return TF.gelu(super().forward(input))
 
 
-def encoder_of(layer):
-    def make(*args, **kwargs):
-        encoder = torch.nn.TransformerEncoder(*args, **kwargs)
-        for child in encoder.layers:
-            child.__class__ = layer
-        return encoder
-
-    return make
+def encoder(*args, **kwargs):
+    return nnfast.accelerate(torch.nn.TransformerEncoder(*args, **kwargs))
 
 
 # The database's class, ours, torch's.
@@ -113,7 +108,7 @@ CLASSES = [
     (torch.nn.GELU, nn.GELU, torch.nn.GELU),
     (torch.nn.Linear, nn.LinearGELU, LinearThenGELU),
     (torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),
-    (torch.nn.TransformerEncoder, encoder_of(nn.TransformerEncoderLayer), torch.nn.TransformerEncoder),
+    (torch.nn.TransformerEncoder, encoder, torch.nn.TransformerEncoder),
 ]
 
 

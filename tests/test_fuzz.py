@@ -124,6 +124,8 @@ def test_layer_norm(data, bar):
     make_x, make_g = draw(layouts(shape)), draw(layouts(shape))
     make_w, make_b = (draw(st.none() | layouts(inner)) for _ in range(2))
     eps, shift = draw(st.sampled_from([1e-5, 1e-5, 1e-12, 0.1])), draw(st.sampled_from([0.0, 0.0, 3.0, -50.0]))
+    if dtype == torch.float16:  # torch keeps 1 / std in the input's dtype: with 1e-12 it overflows, and gives NaN
+        eps = max(eps, 1e-5)
     mask, grad_mode = draw(st.tuples(*[st.booleans()] * 3)), draw(st.sampled_from([True, True, True, False]))
     torch.manual_seed(draw(SEEDS))
     x, g = make_x(dtype, shift=shift), make_g(dtype)

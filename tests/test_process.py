@@ -76,7 +76,7 @@ if __name__ == "__main__":
     step()
     loader = torch.utils.data.DataLoader(Data(), batch_size=4, num_workers=2, multiprocessing_context="fork")
     assert len(list(loader)) == 2
-    process = multiprocessing.get_context("fork").Process(target=child)
+    process = multiprocessing.get_context("fork").Process(target=child, daemon=True)
     process.start()
     process.join(60)
     assert process.exitcode == 0, process.exitcode

@@ -1,5 +1,4 @@
 import torch
-from torch import Tensor
 from torch.compiler import is_compiling
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw as adamw
@@ -73,7 +72,7 @@ class AdamW(torch.optim.AdamW):
             if self._native_step(self.param_groups):
                 return
             for _, lists, options in gathered:
-                if _refused(lists, options):
+                if _misshapen(lists):
                     adam(*([t.detach().clone() for t in tensors] for tensors in lists), **options)  # torch's error
             torch_serves("AdamW.step")
         for group, lists, options in gathered:
@@ -81,11 +80,9 @@ class AdamW(torch.optim.AdamW):
                 adam(*lists, **options)
 
 
-def _refused(lists, options) -> bool:
-    """Whether torch's update will raise, some of it in the middle: a checkpoint of another model has other shapes."""
+def _misshapen(lists) -> bool:
+    """Whether the state is of another model, which torch finds out in the middle of the update."""
     params, _, *moments, _ = lists
-    if options["foreach"] and not options["capturable"] and isinstance(options["lr"], Tensor):
-        return True
     return any(p.shape != m.shape for kind in moments for p, m in zip(params, kind, strict=False))
 
 
