@@ -187,7 +187,7 @@ def main() -> int:
     if cutlass() is None:
         fetch([CUTLASS], "cutlass")
     cuobjdump = disassembler()
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = Console(width=None if sys.stdout.isatty() else 170)
     out = ROOT / "build/gpu"
     out.mkdir(parents=True, exist_ok=True)
 
