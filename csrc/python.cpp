@@ -12,6 +12,8 @@
 #include <torch/library.h>
 
 #include <array>
+#include <cstdlib>
+#include <cstring>
 #include <vector>
 
 #include "cpu/cpu.h"
@@ -56,8 +58,17 @@ namespace {
 
 enum class Backend { torch, cpu, cuda, triton };
 
-// What use_backend() holds this thread to.
-thread_local std::optional<Backend> held;
+constexpr std::pair<const char*, Backend> kBackends[] = {
+    {"torch", Backend::torch}, {"cpu", Backend::cpu}, {"cuda", Backend::cuda}, {"triton", Backend::triton}};
+
+std::optional<Backend> backend_called(const char* name) {
+  for (const auto& [known, backend] : kBackends)
+    if (name && std::strcmp(name, known) == 0) return backend;
+  return std::nullopt;
+}
+
+// What use_backend() holds this thread to, or NNFAST_BACKEND every thread.
+thread_local std::optional<Backend> held = backend_called(std::getenv("NNFAST_BACKEND"));
 
 enum Op { kLayerNorm, kGelu, kLinearGelu, kAdamW };
 constexpr std::array<const char*, 4> kOps = {"layer_norm", "gelu", "linear_gelu", "adamw_"};
@@ -435,11 +446,8 @@ PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // hold(name or None): what this thread is held to.
 PyObject* py_hold(PyObject*, PyObject* name) {
-  static const std::pair<const char*, Backend> names[] = {
-      {"torch", Backend::torch}, {"cpu", Backend::cpu}, {"cuda", Backend::cuda}, {"triton", Backend::triton}};
-  held.reset();
-  for (const auto& [known, backend] : names)
-    if (PyUnicode_Check(name) && PyUnicode_CompareWithASCIIString(name, known) == 0) held = backend;
+  held = backend_called(name == Py_None ? nullptr : PyUnicode_AsUTF8(name));
+  if (PyErr_Occurred()) return nullptr;
   Py_RETURN_NONE;
 }
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("csrc", "kernels", "nnfast", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("csrc", "kernels", "benchmarks", "nnfast", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
 TRY_IT = """
 import warnings; warnings.simplefilter("error", DeprecationWarning)

@@ -436,6 +436,7 @@ def test_transformer_encoder_layer():
         assert all(isinstance(m, nn.TransformerEncoderLayer) for m in stacked.layers) and stacked(x).shape == x.shape
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 def test_the_pre_activation_is_overwritten_only_where_nobody_sees_it():
     """The last backward puts the pre-activation's gradient in its place, unless a user, a hook or a graph has it."""
     x, w, b = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in ((64, 96), (2048, 96), (2048,)))

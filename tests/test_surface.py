@@ -1,6 +1,7 @@
 """The public surface: every name of torch's resolves, and what is not ours is torch's own object."""
 
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -117,11 +118,27 @@ def test_use_backend_torch_is_torch():
     assert backend.forced() is None
 
 
+ON_A_THREAD = """
+import threading, torch, nnfast.nn.functional as F
+x, w = torch.randn(50, 300), torch.randn(300)
+thread = threading.Thread(target=lambda: print(torch.equal(F.layer_norm(x, (300,), w), layer_norm(x, (300,), w))))
+layer_norm = torch.nn.functional.layer_norm
+thread.start()
+thread.join()
+"""
+
+
+def test_environment_variable_holds_every_thread():
+    env = {**os.environ, "NNFAST_BACKEND": "torch"}
+    done = subprocess.run([sys.executable, "-c", ON_A_THREAD], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "True", done.stdout + done.stderr
+
+
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_other_instruction_sets(capability):
     """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
-    env = {**__import__("os").environ, "ATEN_CPU_CAPABILITY": capability}
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
     files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ("layer_norm", "linear_gelu", "adamw")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
