@@ -197,7 +197,7 @@ def laps_for(lap_seconds: float) -> int:
 
 
 @contextlib.contextmanager
-def _silent():
+def silent():
     """Nothing on stderr, from C++ either: torch's profiler says there that it starts and stops."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -219,7 +219,7 @@ def peak_memory(call: Callable, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with _silent(), torch.profiler.profile(profile_memory=True, activities=activities) as profile:
+    with silent(), torch.profiler.profile(profile_memory=True, activities=activities) as profile:
         call()
     now = peak = 0
     for event in profile.profiler.kineto_results.events():

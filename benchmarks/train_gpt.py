@@ -129,7 +129,7 @@ class Run:
         on_gpu = self.options.device != "cpu"
         if on_gpu:
             activities.append(torch.profiler.ProfilerActivity.CUDA)
-        with torch.profiler.profile(activities=activities) as profile:
+        with harness.silent(), torch.profiler.profile(activities=activities) as profile:
             for batch in batches:
                 self.step(*batch)
                 self.beside()

@@ -67,23 +67,36 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     """
     if out is not None:
         return _F.gelu(input, approximate=approximate, out=out)
-    output = gelu_if_ours(input, approximate)
-    return _F.gelu(input, approximate=approximate) if output is None else output
+    if not is_compiling():
+        output = _taken_ahead(input, approximate) if _any_ahead else None
+        if output is None:
+            output = _gelu(input, approximate)
+        if output is not None:
+            return output
+        torch_serves("gelu")
+    return _F.gelu(input, approximate=approximate)
 
 
 def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
     """:func:`gelu`, or None where the call is torch's."""
     if is_compiling():
         return None
-    if type(input) is Tensor:
-        ahead = input.__dict__.pop(_AHEAD, None)
-        if ahead is not None and (output := ahead.of(input, approximate)) is not None:
-            return output
-    output = _gelu(input, approximate)
+    output = _taken_ahead(input, approximate)
+    if output is None:
+        output = _gelu(input, approximate)
     if output is None:
         torch_serves("gelu")
     return output
 
+
+def _taken_ahead(input: Tensor, approximate: str) -> Tensor | None:
+    """The GELU that ``input`` carries, if it does."""
+    ahead = input.__dict__.pop(_AHEAD, None) if type(input) is Tensor else None
+    return None if ahead is None else ahead.of(input, approximate)
+
+
+# Whether a GELU was ever computed ahead in this process: until then nobody need look for one.
+_any_ahead = False
 
 # The name under which a pre-activation carries its GELU.
 _AHEAD = "_nnfast_ahead"
@@ -121,6 +134,8 @@ def linear_ahead(input: Tensor, weight: Tensor, bias: Tensor | None, approximate
     both = _linear_gelu_pre(input, weight, bias, approximate)
     if both is None:
         return None
+    global _any_ahead
+    _any_ahead = True
     output, pre = both
     pre.__dict__[_AHEAD] = _Ahead(output, approximate, pre._version)
     return pre

@@ -43,7 +43,7 @@ def test_no_torch_in_kernel_files():
     """Torch's headers cost seconds a file, and its inline functions must not be compiled for AVX-512."""
     kernels = [*(ROOT / "csrc/math").glob("*.h"), *(ROOT / "csrc/cpu").glob("avx*.cpp")]
     kernels += [*(ROOT / "csrc/cuda").glob("*.cu*"), ROOT / "csrc/cuda/kernels.h"]
-    kernels += [ROOT / "csrc/cpu" / f"{name}.h" for name in (*stems(), "simd", "kernels", "isa")]
+    kernels += [ROOT / "csrc/cpu" / f"{name}.h" for name in (*stems(), "simd", "elementary", "kernels", "isa")]
     for path in kernels:
         includes = re.findall(r'#include [<"](.+?)[>"]', path.read_text())
         assert not [i for i in includes if i.startswith(("ATen", "torch", "c10"))], path

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../math/gelu.h"
-#include "simd.h"
+#include "elementary.h"
 
 namespace nnfast::NNFAST_ISA {
 

@@ -51,7 +51,7 @@ class Kept {
     std::list<Block> excess;
     {
       std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-      if (!lock || block.size > kKeep)
+      if (!lock)
         excess.push_back(block);
       else {
         blocks_.push_front(block);
@@ -88,6 +88,7 @@ class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
     if (bytes < kLarge) return c10::GetDefaultCPUAllocator()->allocate(bytes);
+    if (bytes > kKeep) return huge(c10::GetDefaultCPUAllocator()->allocate(bytes), bytes);
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
     void* data = kept().take(size);
     if (!data) data = map(size);
@@ -98,6 +99,14 @@ class Allocator final : public c10::Allocator {
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 
  private:
+  // Too large to be kept. The C library may have such a block at hand, touched before; if not, it is touched by huge
+  // pages.
+  static c10::DataPtr huge(c10::DataPtr data, size_t bytes) {
+    const auto start = (uintptr_t)data.get(), aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
+    madvise((void*)aligned, (start + bytes - aligned) / kHugePage * kHugePage, MADV_HUGEPAGE);
+    return data;
+  }
+
   // Aligned to huge pages, or the system would find few of them inside.
   static void* map(size_t size) {
     char* start = (char*)mmap(

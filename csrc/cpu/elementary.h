@@ -1,0 +1,70 @@
+// Elementary functions of registers, as math/gelu.h names them. V is any number of float registers.
+#pragma once
+
+#include "../math/gelu.h"
+#include "simd.h"
+
+namespace nnfast::NNFAST_ISA {
+
+// Scalar math: n = round(x), f = x - n, 2^(x + shift) = 2^(n + shift) (1 + f p(f)), p the minimax polynomial of
+// (2^f - 1) / f over |f| <= 1/2: 9.1e-8 relative to 2^f. For finite x up to 127, and a whole number as shift.
+template <class V>
+NNFAST_INLINE V exp2(V x, float shift) {
+  const V n = round(x), f = x - n;
+  V p = f * 1.326472731307149e-03f + 9.671512991189957e-03f;
+  p = p * f + 5.550733581185341e-02f;
+  p = p * f + 2.4022242426872253e-01f;
+  p = p * f + 6.931470036506653e-01f;
+  return scale2(p * f + 1.0f, n + shift);
+}
+
+// e^x for x <= 0. Infinity is held at -200, where e^x is 0 already; a NaN is let through.
+template <class V>
+NNFAST_INLINE V exp_of_negative(V x) {
+  return exp2(at_least(V(-200.0f), x) * 1.44269504f, 0.0f);
+}
+
+// Both sides of a probability from the one below a half, which is the lower one where x is negative.
+template <class V>
+NNFAST_INLINE Sides<V> sides(V x, V small) {
+  const V large = V(1.0f) - small;
+  return {if_negative(x, small, large), if_negative(x, large, small)};
+}
+
+// Scalar math: z = e^-|x|, small = z / (1 + z).
+template <class V>
+NNFAST_INLINE Sides<V> sigmoid_simd(V x) {
+  const V z = exp_of_negative(-abs(x));
+  return sides(x, z / (z + 1.0f));
+}
+
+// Scalar math: small = erfc(a / sqrt 2) / 2 = 2^(log2_erfc(a) - 1), a = |x|.
+template <class V>
+NNFAST_INLINE Sides<V> normal_cdf_simd(V x) {
+  const V a = at_most(V(14.2f), abs(x));
+  return sides(x, exp2(log2_erfc(a), -1.0f));
+}
+
+NNFAST_INLINE f32v exp(f32v x) { return exp_of_negative(x); }
+NNFAST_INLINE Quad<float> exp(Quad<float> x) { return exp_of_negative(x); }
+NNFAST_INLINE Sides<f32v> sigmoid(f32v x) { return sigmoid_simd(x); }
+NNFAST_INLINE Sides<Quad<float>> sigmoid(Quad<float> x) { return sigmoid_simd(x); }
+NNFAST_INLINE Sides<f32v> normal_cdf(f32v x) { return normal_cdf_simd(x); }
+NNFAST_INLINE Sides<Quad<float>> normal_cdf(Quad<float> x) { return normal_cdf_simd(x); }
+
+// For double there are no polynomials here: such a run goes element by element through the C library's functions.
+struct One {
+  using vec = double;
+};
+NNFAST_INLINE double load(const double* p, One) { return *p; }
+NNFAST_INLINE void store(double* p, double v, One) { *p = v; }
+NNFAST_INLINE void store(double* p, double v, One, bool) { *p = v; }
+template <class A, class Body>
+NNFAST_INLINE void sweep_elementary(int64_t n, Body body) {
+  if constexpr (sizeof(A) == sizeof(float))
+    sweep<A>(n, body);
+  else
+    for (int64_t i = 0; i < n; ++i) body(i, One{});
+}
+
+}  // namespace nnfast::NNFAST_ISA

@@ -1,0 +1,78 @@
+// The gate's own state, and what it reads of a Python argument.
+#pragma once
+
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include "cpu/cpu.h"
+#include "op.h"
+
+namespace nnfast {
+
+inline PyObject* interned(const char* s) { return PyUnicode_InternFromString(s); }
+
+enum class Backend { torch, cpu, cuda, triton };
+
+constexpr std::pair<const char*, Backend> kBackends[] = {
+    {"torch", Backend::torch}, {"cpu", Backend::cpu}, {"cuda", Backend::cuda}, {"triton", Backend::triton}};
+
+inline std::optional<Backend> backend_called(const char* name) {
+  for (const auto& [known, backend] : kBackends)
+    if (name && std::strcmp(name, known) == 0) return backend;
+  return std::nullopt;
+}
+
+// What use_backend() holds this thread to, or NNFAST_BACKEND every thread.
+inline thread_local std::optional<Backend> held = backend_called(std::getenv("NNFAST_BACKEND"));
+
+enum Op { kLayerNorm, kGelu, kLinearGelu, kAdamW };
+constexpr std::array<const char*, 4> kOps = {"layer_norm", "gelu", "linear_gelu", "adamw_"};
+
+// Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
+// Python registers and then says so.
+inline std::array<Backend, 4> in_cpp, on_gpu;
+
+inline bool served(Op op, const Tensor& t) {
+  const auto owner = !t.is_cpu() ? on_gpu[op] : cpu_kernels() ? Backend::cpu : Backend::torch;
+  return owner != Backend::torch && owner == held.value_or(owner);
+}
+
+inline bool open(Op op, const Tensor& t) { return served(op, t) && ordinary_thread(); }
+
+// A tensor of exactly torch's type, or None.
+inline bool is_plain(PyObject* o) { return THPVariable_CheckExact(o); }
+inline bool is_plain_or_none(PyObject* o) { return o == Py_None || is_plain(o); }
+inline OptTensor optional_tensor(PyObject* o) { return o == Py_None ? OptTensor() : OptTensor(THPVariable_Unpack(o)); }
+
+inline bool unpack_string(PyObject* o, c10::string_view& out) {
+  Py_ssize_t size;
+  const char* s = PyUnicode_Check(o) ? PyUnicode_AsUTF8AndSize(o, &size) : nullptr;
+  if (!s) return PyErr_Clear(), false;
+  out = {s, (size_t)size};
+  return true;
+}
+
+inline bool unpack_double(PyObject* o, double& out) {
+  if (!PyFloat_Check(o) && !PyLong_Check(o)) return false;
+  out = PyFloat_AsDouble(o);
+  if (!PyErr_Occurred()) return true;
+  return PyErr_Clear(), false;
+}
+
+// A sequence of ints; a single int, as torch's own parser, is not one.
+inline bool unpack_sizes(PyObject* o, at::DimVector& out) {
+  if (!PyTuple_Check(o) && !PyList_Check(o)) return false;
+  for (Py_ssize_t i = 0, n = PySequence_Fast_GET_SIZE(o); i < n; ++i) {
+    PyObject* item = PySequence_Fast_GET_ITEM(o, i);
+    if (!PyLong_CheckExact(item)) return false;
+    out.push_back(PyLong_AsLongLong(item));
+    if (PyErr_Occurred()) return PyErr_Clear(), false;
+  }
+  return true;
+}
+
+}  // namespace nnfast
