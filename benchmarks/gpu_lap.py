@@ -5,10 +5,11 @@
 
 Beforehand, on a machine with a network: ``make compile-gpu``, which leaves CUTLASS's headers in ``build/cutlass``. They
 go along, with the checkout. The GPU machine needs PyTorch for CUDA, its CUDA toolkit, a C++ compiler and the packages
-pytest, pytest-benchmark, hypothesis, ninja and rich.
+pytest, pytest-benchmark, hypothesis, ninja, rich and matplotlib.
 
 A stop loses nothing: a step's words go to ``lap.log`` as they come, its outcome to ``lap.csv`` when it ends, and each
-benchmark file has a JSON of its own. What has failed does not keep the next step from running, except the build.
+cell of the benchmarks to its op's CSV file as soon as it is measured. What has failed does not keep the next step from
+running, except the build.
 """
 
 import argparse
@@ -27,28 +28,31 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("pytest", "pytest_benchmark", "hypothesis", "ninja")
+NEEDED = ("pytest", "pytest_benchmark", "hypothesis", "ninja", "matplotlib")
 # Seconds after which a command is stopped: a lap ends though one thing hangs.
-LIMITS = {"build": 600, "doctor": 60, "test": 900, "bench": 900, "train": 600}
+LIMITS = {"build": 600, "doctor": 60, "test": 900, "bench": 900, "train": 600, "report": 60}
 
 
 def commands(out: Path) -> dict[str, list[list[str]]]:
     """What each step runs, in the order of a lap."""
     python = [sys.executable, "-u"]
     bench = [
-        [*python, "-m", "pytest", str(path), "--benchmark-only", f"--benchmark-json={out / path.stem}.json", "-q"]
+        [*python, "-m", "pytest", str(path), "--benchmark-only", "-q", "--device", "cuda", *options]
+        for options in (["--compile"], ["--compile", "--graph"], ["--backend", "triton"])
         for path in sorted((ROOT / "benchmarks").glob("bench_*.py"))
     ]
     # Editable: nnfast.kernels lies in a folder of its own, which only an installation finds.
     build = [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
     train = [*python, "benchmarks/train_gpt.py", "--device", "cuda", "--dtype", "bfloat16", "--steps", "200"]
-    train += ["--layers", "12", "--width", "768", "--batch", "32", "--out", str(out / "train_gpt.png")]
+    train += ["--layers", "12", "--width", "768", "--batch", "32", "--out", str(out / "step.png")]
+    train += ["--compile", "--record"]
     return {
         "build": [build],
         "doctor": [[*python, "-m", "nnfast"]],
         "test": [[*python, "-m", "pytest", "-m", "gpu", "-q", "--durations=10"]],
         "bench": bench,
         "train": [train],
+        "report": [[*python, "benchmarks/report.py"]],
     }
 
 

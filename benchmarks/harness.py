@@ -249,7 +249,7 @@ class Row:
     nbytes: int
     flops: int
     provider: str
-    backend: str  # the one that nnfast was held to, if any
+    backend: str  # the one that nnfast was held to, if any; and graph: replayed from a CUDA graph
     ms: float | None = None  # the median of the laps; None where the result does not count
     spread: float | None = None  # half the distance of the quartiles, as a part of the median
     of_ceiling: float | None = None  # the bare copy's or product's time over this one's
@@ -298,7 +298,9 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def rows(case: Case, task: Task, laps: list[dict[str, float]], refused: dict[str, str], note: str = "") -> list[Row]:
+def rows(
+    case: Case, task: Task, laps: list[dict[str, float]], refused: dict[str, str], graph: bool = False
+) -> list[Row]:
     """A row a provider from the laps' times."""
     median = {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
     ceiling = min(median[name] for name in task.ceiling) * task.ceiling_scale
@@ -306,9 +308,10 @@ def rows(case: Case, task: Task, laps: list[dict[str, float]], refused: dict[str
     best = min(peers, key=median.get, default=None)
     same = dataclasses.asdict(case) | provenance(case.device)
     same |= {"shape": "x".join(map(str, case.shape)), "nbytes": task.nbytes, "flops": task.flops}
+    same["backend"] = " ".join(filter(None, (forced(), "graph" if graph else None)))
     found = []
     for name, call in task.providers.items():
-        row = Row(**same, provider=name, backend=forced() or "", note=refused.get(name, note))
+        row = Row(**same, provider=name, note=refused.get(name, ""))
         found.append(row)
         if name not in median:
             continue
@@ -346,7 +349,7 @@ def run(case: Case, task: Task, repeat: Callable | None = None, graph: bool = Fa
     else:
         for _ in range(count):
             lap()
-    return rows(case, task, laps, refused, "CUDA graph" if graph else "")
+    return rows(case, task, laps, refused, graph)
 
 
 def folder(device: str) -> Path:

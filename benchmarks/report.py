@@ -36,6 +36,11 @@ def load(path: Path) -> list[list[dict]]:
     return [runs[run] for run in sorted(runs, reverse=True)]
 
 
+def newest(runs: list[list[dict]]) -> list[dict]:
+    """The rows of the newest run with each backend."""
+    return [row for run in {run[0]["backend"]: run for run in reversed(runs)}.values() for row in run]
+
+
 def key(row: dict) -> tuple[str, ...]:
     return tuple(row[k] for k in ("shape", "model", "dtype", "variant", "direction", "provider", "backend"))
 
@@ -100,23 +105,23 @@ def summary(rows: list[dict]) -> list[list[str]]:
     return found
 
 
-def agreement(runs: list[list[dict]]) -> str:
-    """How far the newest two runs lie apart, beside the spread that they state."""
+def widen(runs: list[list[dict]]) -> str:
+    """Widen the newest run's quartiles to take in the run before it: the machine changes more between two runs than
+    within one. Returns what is said of the two."""
     if len(runs) < 2:
         return "One run so far."
     before = {key(row): row for row in ours(runs[1]) if row["speedup"]}
     pairs = [(row, before[key(row)]) for row in ours(runs[0]) if row["speedup"] and key(row) in before]
-    if not pairs:
-        return "The last two runs have no cell in common."
+    if len(pairs) < 2:
+        return "The last two runs have next to no cell in common."
     apart = [abs(math.log(number(a["speedup"]) / number(b["speedup"]))) for a, b in pairs]
-    overlap = sum(
-        number(a["speedup_low"]) <= number(b["speedup_high"]) and number(b["speedup_low"]) <= number(a["speedup_high"])
-        for a, b in pairs
-    )
+    for row, other in pairs:
+        row["speedup_low"] = min(row["speedup_low"], other["speedup_low"], key=number)
+        row["speedup_high"] = max(row["speedup_high"], other["speedup_high"], key=number)
     return (
-        f"Two runs ({runs[0][0]['run']} and {runs[1][0]['run']}): in half of the {len(pairs)} cells the speedups lie "
-        f"within {math.expm1(statistics.median(apart)):.1%} of each other, in nine of ten within "
-        f"{math.expm1(statistics.quantiles(apart, n=10)[-1]):.1%}; the quartiles overlap in {overlap}."
+        f"The run before it ({runs[1][0]['run']}): half of the {len(pairs)} speedups are within "
+        f"{math.expm1(statistics.median(apart)):.1%} of this one's, nine of ten within "
+        f"{math.expm1(statistics.quantiles(apart, n=10)[-1]):.1%}; the range in a cell takes in both."
     )
 
 
@@ -215,7 +220,8 @@ def page(folder: Path) -> tuple[str, str]:
         runs = load(folder / f"{op}.csv")
         if not runs:
             continue
-        rows = runs[0]
+        said = widen(runs)
+        rows = newest(runs)
         machine = rows[0]["device"]
         heat_map(op, rows, folder / f"{op}.png")
         pictures = [f"![speedups of {title}]({op}.png)"]
@@ -224,7 +230,7 @@ def page(folder: Path) -> tuple[str, str]:
             pictures.append("![LayerNorm beside a copy](layer_norm_ceiling.png)")
         lines += [[title, *line] for line in summary(rows)]
         sections.append(
-            f"## {title}\n\n{rows[0]['run']}, {rows[0]['versions']}, commit {rows[0]['commit']}. {agreement(runs)}\n\n"
+            f"## {title}\n\n{rows[0]['run']}, {rows[0]['versions']}, commit {rows[0]['commit']}. {said}\n\n"
             + "\n\n".join(pictures)
             + f"\n\n{table(rows)}\n"
         )
@@ -234,7 +240,8 @@ def page(folder: Path) -> tuple[str, str]:
     text = (
         f"# {machine}\n\nWritten by `python benchmarks/report.py` from the CSV files beside it. A number is how many "
         "times as fast as the best peer in the same run, the median of laps in which the providers take turns, with "
-        "its quartiles; a cell where a peer is faster is bold.\n\n"
+        "the range from the lower to the upper quartile over the last two runs; a cell where a peer is faster is "
+        "bold.\n\n"
     )
     (folder / "README.md").write_text(text + "\n".join(sections))
     overview = markdown(SUMMARY, lines)
