@@ -1,4 +1,4 @@
-// AdamW on a CPU: the tensors of a group as one range of elements, shared out evenly between the threads.
+// AdamW on a CPU: the tensors of a group in chunks, which the threads take in turn.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -14,6 +14,8 @@ namespace {
 
 // Elements a thread takes at the least: their memory traffic outweighs waking the thread.
 constexpr int64_t kGrain = 16384;
+// Elements of a tensor that are updated at a time.
+constexpr int64_t kChunk = 65536;
 
 void adamw_cpu(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -32,11 +34,11 @@ void adamw_cpu(
   const double scale = defined(grad_scale) ? grad_scale->item<double>() : 1.0;
 
   std::vector<AdamWTensor> tensors;
-  std::vector<int64_t> ends;  // the number of elements up to and with each tensor
+  std::vector<int64_t> ends;  // the number of chunks up to and with each tensor
   std::vector<std::pair<Tensor, Tensor>> reordered;
   tensors.reserve(n);
   ends.reserve(n);
-  int64_t total = 0;
+  int64_t total = 0, elements = 0;
   AdamWStep<double> step(lr, beta1, beta2, eps, weight_decay, 1);
   double t = 1;
   for (size_t i = 0; i < n; ++i) {
@@ -53,16 +55,26 @@ void adamw_cpu(
         {cpu_dtype(params[i]), params[i].mutable_data_ptr(), grad.mutable_data_ptr(), exp_avgs[i].mutable_data_ptr(),
          exp_avg_sqs[i].mutable_data_ptr(), amsgrad ? max_exp_avg_sqs[i].mutable_data_ptr() : nullptr, maximize, scale,
          step});
-    ends.push_back(total += params[i].numel());
+    elements += params[i].numel();
+    ends.push_back(total += (params[i].numel() + kChunk - 1) / kChunk);
   }
 
-  at::parallel_for(0, total, kGrain, [&](int64_t begin, int64_t end) {
-    for (size_t i = std::upper_bound(ends.begin(), ends.end(), begin) - ends.begin(); begin < end; ++i) {
-      const int64_t start = i ? ends[i - 1] : 0, stop = std::min(end, ends[i]);
-      cpu_kernels()->adamw(tensors[i], begin - start, stop - start);
-      begin = stop;
+  // The threads take chunks in turn, and so stay close to each other in memory.
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / kGrain);
+  const auto in_turn = [&](int64_t thread, int64_t step) {
+    size_t i = 0;
+    for (int64_t chunk = thread; chunk < total; chunk += step) {
+      while (ends[i] <= chunk) ++i;
+      const int64_t begin = (chunk - (i ? ends[i - 1] : 0)) * kChunk;
+      cpu_kernels()->adamw(tensors[i], begin, std::min(begin + kChunk, params[i].numel()));
     }
-  });
+  };
+  if (threads < 2)
+    in_turn(0, 1);
+  else
+    at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t thread = begin; thread < end; ++thread) in_turn(thread, threads);
+    });
   if (scale != 1)
     for (auto& [theirs, ours] : reordered) theirs.copy_(ours);
 }
