@@ -144,8 +144,11 @@ def of_ceiling_over_size(rows: list[dict], path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), style, label=f"{provider} {dtype}") if points else None
         axis.set(xscale="log", xlabel=f"row length, {largest} rows", title=f"LayerNorm {direction}", ylim=0)
         axis.axhline(1, color="grey", linewidth=0.8)
+        sizes = sorted({size(r)[1] for r in rows if r["model"] == "grid"})
+        axis.set_xticks(sizes, sizes, rotation=45, fontsize=8)
+        axis.minorticks_off()
     axes[0].set_ylabel("part of a same-size copy's speed")
-    axes[1].legend(fontsize=8) if axes[1].lines[:-1] else None
+    axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)) if axes[1].lines[:-1] else None
     save(figure, path)
 
 
@@ -160,7 +163,9 @@ def heat_map(op: str, rows: list[dict], path: Path) -> None:
     axis.imshow([[math.log2(v) for v in line] for line in grid], cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
     for y, line in enumerate(grid):
         for x, v in enumerate(line):
-            axis.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=7) if v == v else None
+            if v == v:
+                ink = "white" if abs(math.log2(v)) > 1.3 else "black"
+                axis.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=7, color=ink)
     axis.set_xticks(range(len(columns)), [f"{dtype}\n{direction}" for dtype, direction in columns], fontsize=7)
     axis.set_yticks(range(len(lines)), [" ".join(filter(None, line)) for line in lines], fontsize=7)
     axis.set_title(f"{OPS[op]}: times as fast as the best peer", fontsize=9)
@@ -247,7 +252,9 @@ def page(folder: Path) -> tuple[str, str]:
     overview = markdown(SUMMARY, lines)
     if steps:
         overview = f"{step_table(steps)}\n\n{overview}"
-    return machine, f"**{machine}** ([every cell](benchmarks/results/{folder.name}/README.md))\n\n{overview}"
+    where = f"benchmarks/results/{folder.name}"
+    pictures = "\n".join(f"![{path.stem}]({where}/{path.name})" for path in sorted(folder.glob("*.png")))
+    return machine, f"**{machine}** ([every cell]({where}/README.md))\n\n{overview}\n\n{pictures}"
 
 
 def main() -> int:
