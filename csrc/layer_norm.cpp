@@ -57,6 +57,17 @@ bool covers_layer_norm(
   return true;
 }
 
+std::pair<int64_t, int64_t> check_layer_norm(
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
+    bool kernels) {
+  const auto extents =
+      at::native::_check_layer_norm_inputs(input, normalized_shape, weight.value_or(Tensor()), bias.value_or(Tensor()));
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      kernels && covers_layer_norm(input, normalized_shape, weight, bias),
+      "nnfast::layer_norm does not cover this call; nnfast.nn.functional.layer_norm hands it to torch");
+  return extents;
+}
+
 namespace {
 
 // ---- shapes, for fake tensors and meta tensors ----

@@ -47,6 +47,11 @@ inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }
 
 bool covers_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias);
+// The number of rows and their size. torch's own error where the shapes are wrong, and one of ours where the call is
+// not covered or there are no kernels.
+std::pair<int64_t, int64_t> check_layer_norm(
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
+    bool kernels = true);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
 // One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# What an op must have, by its stem, and the layers that are still to come for some.
+# What an op must have, by its stem.
 ROOMS = ["csrc/{}.cpp", "csrc/cpu/{}.cpp", "csrc/cpu/{}.h", "csrc/cuda/{}.cpp", "csrc/cuda/{}.cu"]
 ROOMS += ["kernels/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py"]
 

@@ -153,7 +153,7 @@ def test_only_the_gradients_that_are_wanted():
 
 @pytest.mark.usefixtures("cpu_kernels")
 def test_a_gradient_that_somebody_holds_is_left_alone():
-    """The backward writes over grad_out where it alone has it, and nowhere else."""
+    """The backward writes over no gradient that comes in."""
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((6, 10), (7, 10), (7,)))
     expected = torch.autograd.grad(torchs_linear_gelu(x, w, b, "none"), (x, w, b), torch.ones(6, 7))
 

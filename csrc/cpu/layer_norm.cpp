@@ -1,7 +1,6 @@
 // LayerNorm on a CPU: memory, threads, and the sums over rows. The arithmetic is in layer_norm.h.
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/native/layer_norm.h>
 #include <torch/library.h>
 
 #include "../op.h"
@@ -10,17 +9,6 @@
 
 namespace nnfast {
 namespace {
-
-// torch's own error where the shapes are wrong, and one of ours where the dtypes or this CPU are not covered.
-std::pair<int64_t, int64_t> check(
-    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias) {
-  const auto extents =
-      at::native::_check_layer_norm_inputs(input, normalized_shape, weight.value_or(Tensor()), bias.value_or(Tensor()));
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      cpu_kernels() && covers_layer_norm(input, normalized_shape, weight, bias),
-      "nnfast::layer_norm does not cover this call; nnfast.nn.functional.layer_norm hands it to torch");
-  return extents;
-}
 
 DType affine_dtype(const Tensor& input, const OptTensor& weight, const OptTensor& bias) {
   return cpu_dtype(defined(weight) ? *weight : defined(bias) ? *bias : input);
@@ -33,7 +21,7 @@ const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() :
 std::tuple<Tensor, Tensor> layer_norm_cpu(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_,
     double eps) {
-  const auto [rows, size] = check(input, normalized_shape, weight_, bias_);
+  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias_, cpu_kernels());
   const OptTensor weight = contiguous(weight_), bias = contiguous(bias_);
   const Rows x = rows_of(input, size, normalized_shape.size());
   Tensor output = empty(input.sizes(), input.scalar_type());
@@ -59,7 +47,7 @@ std::tuple<Tensor, Tensor> layer_norm_cpu(
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
     const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats,
     const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
-  const auto [rows, size] = check(input, normalized_shape, weight_, bias);
+  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias, cpu_kernels());
   const OptTensor weight = contiguous(weight_);
   const Rows g = rows_of(grad_out, size, normalized_shape.size()), x = rows_of(input, size, normalized_shape.size());
   Tensor grad_input = output_mask[0] ? empty(input.sizes(), input.scalar_type()) : Tensor();

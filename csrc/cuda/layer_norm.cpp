@@ -1,5 +1,4 @@
 // LayerNorm on a CUDA device: memory and the way to the kernels of layer_norm.cu.
-#include <ATen/native/layer_norm.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -9,17 +8,6 @@
 
 namespace nnfast::cuda {
 namespace {
-
-// torch's own error where the shapes are wrong, and one of ours where the dtypes are not covered.
-std::pair<int64_t, int64_t> check(
-    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias) {
-  const auto extents =
-      at::native::_check_layer_norm_inputs(input, normalized_shape, weight.value_or(Tensor()), bias.value_or(Tensor()));
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      covers_layer_norm(input, normalized_shape, weight, bias),
-      "nnfast::layer_norm does not cover this call; nnfast.nn.functional.layer_norm hands it to torch");
-  return extents;
-}
 
 OptTensor contiguous(const OptTensor& t) { return defined(t) ? OptTensor(t->contiguous()) : std::nullopt; }
 
@@ -33,7 +21,7 @@ const Tensor& affine(const Tensor& input, const OptTensor& weight, const OptTens
 std::tuple<Tensor, Tensor> layer_norm_cuda(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_,
     double eps) {
-  const auto [rows, size] = check(input, normalized_shape, weight_, bias_);
+  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias_);
   const On on(input);
   const OptTensor weight = contiguous(weight_), bias = contiguous(bias_);
   const Rows x = rows_of(input, size, normalized_shape.size());
@@ -51,7 +39,7 @@ std::tuple<Tensor, Tensor> layer_norm_cuda(
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
     const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats,
     const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
-  const auto [rows, size] = check(input, normalized_shape, weight_, bias);
+  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias);
   const On on(input);
   const OptTensor weight = contiguous(weight_);
   const Rows g = rows_of(grad_out, size, normalized_shape.size()), x = rows_of(input, size, normalized_shape.size());
