@@ -96,7 +96,8 @@ def native():
             super().copy_extensions_to_source()
             Path("nnfast", "_built_for.txt").write_text(torch.__version__)
 
-    sources = glob.glob("csrc/*.cpp") + glob.glob("csrc/cpu/*.cpp") + (glob.glob("csrc/cuda/*.cpp") if toolkit else [])
+    rooms = ["ops", "gate", "cpu"] + ["cuda"] * bool(toolkit)
+    sources = [source for room in rooms for source in glob.glob(f"csrc/{room}/*.cpp")]
     extension = (CUDAExtension if toolkit else CppExtension)(
         "nnfast._C",
         sorted(sources),

@@ -1,7 +1,7 @@
 """Which kernels there are here, and the one switch that forces a backend.
 
 The registry of kernels is PyTorch's dispatcher, and the gate that decides call by call stands in C++
-(``csrc/python.cpp``). This module loads the extension, or says why it could not, and holds :func:`use_backend`.
+(``csrc/gate/python.cpp``). This module loads the extension, or says why it could not, and holds :func:`use_backend`.
 """
 
 import contextlib

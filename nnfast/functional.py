@@ -1,6 +1,6 @@
 """The ops as functions: ours where the gate is open, torch's own everywhere else.
 
-Each asks the gate in ``csrc/python.cpp``, which answers with the result, or with None where the call is torch's.
+Each asks the gate in ``csrc/gate/python.cpp``, which answers with the result, or with None where the call is torch's.
 Under ``torch.compile``, export and scripting the plain torch ops are handed on: the compiler fuses them itself.
 """
 

@@ -1,6 +1,6 @@
 """The Triton kernels without the compiled extension: for a GPU on a machine that has no compiler.
 
-The extension's gate and autograd formulas (``csrc/python.cpp``, ``csrc/*.cpp``) once more in Python, for tensors on a
+The extension's gate and autograd formulas (``csrc/gate``, ``csrc/ops``) once more in Python, for tensors on a
 GPU. They decide and compute the same, and cost some microseconds more a call. As there, a function answers None, or
 False, where the call is torch's.
 """

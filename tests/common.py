@@ -1,5 +1,6 @@
 """What the tests of the ops share: dtypes, awkward layouts, and how close is close enough."""
 
+import contextlib
 import os
 
 import torch
@@ -58,6 +59,33 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
         "one element expanded": t.flatten()[:1].view([1] * t.dim()).expand_as(t),
         **offsets,
     }
+
+
+@contextlib.contextmanager
+def served(*paths: str):
+    """Fails unless each of these ops and internal paths of ours (``Path`` in csrc) was taken inside the block."""
+    from nnfast.backend import native
+
+    before = native.paths()
+    yield
+    after = native.paths()
+    assert not (missed := [path for path in paths if after[path] == before[path]]), f"not served by ours: {missed}"
+
+
+@contextlib.contextmanager
+def thresholds(**values: int):
+    """Numbers that choose between internal paths (``Threshold`` in csrc; a dot in a name is two underscores here)."""
+    from nnfast.backend import native
+
+    values = {name.replace("__", "."): value for name, value in values.items()}
+    before = native.thresholds()
+    try:
+        for name, value in values.items():
+            native.set_threshold(name, value)
+        yield
+    finally:
+        for name in values:
+            native.set_threshold(name, before[name])
 
 
 def available_memory() -> int:

@@ -6,16 +6,18 @@
 #include <algorithm>
 #include <vector>
 
-#include "../op.h"
+#include "../gate/paths.h"
+#include "../ops/op.h"
 #include "cpu.h"
 
 namespace nnfast {
 namespace {
 
+Path served("adamw_"), reorders("adamw_.reordered_gradient"), in_threads("adamw_.threads");
 // Elements a thread takes at the least: their memory traffic outweighs waking the thread.
-constexpr int64_t kGrain = 16384;
+Threshold grain("adamw_.grain", 16384);
 // Elements of a tensor that are updated at a time.
-constexpr int64_t kChunk = 65536;
+Threshold chunk_elements("adamw_.chunk", 65536);
 
 void adamw_cpu(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
@@ -30,9 +32,11 @@ void adamw_cpu(
     covered = covers_adamw(
         params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], amsgrad ? max_exp_avg_sqs[i] : none, state_steps[i]);
   TORCH_CHECK_NOT_IMPLEMENTED(covered, "nnfast::adamw_ does not cover this call; nnfast.optim.AdamW hands it to torch");
+  served.taken();
   if (defined(found_inf) && found_inf->item<double>() != 0) return;
   const double scale = defined(grad_scale) ? grad_scale->item<double>() : 1.0;
 
+  const int64_t kChunk = chunk_elements;
   std::vector<AdamWTensor> tensors;
   std::vector<int64_t> ends;  // the number of chunks up to and with each tensor
   std::vector<std::pair<Tensor, Tensor>> reordered;
@@ -48,6 +52,7 @@ void adamw_cpu(
     if (count != t) step = AdamWStep<double>(lr, beta1, beta2, eps, weight_decay, t = count);
     Tensor grad = grads[i];
     if (grad.strides() != params[i].strides()) {
+      reorders.taken();
       grad = at::empty_like(params[i]).copy_(grad);
       reordered.emplace_back(grads[i], grad);
     }
@@ -60,7 +65,7 @@ void adamw_cpu(
   }
 
   // The threads take chunks in turn, and so stay close to each other in memory.
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / kGrain);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / grain);
   const auto in_turn = [&](int64_t thread, int64_t step) {
     size_t i = 0;
     for (int64_t chunk = thread; chunk < total; chunk += step) {
@@ -69,12 +74,14 @@ void adamw_cpu(
       cpu_kernels()->adamw(tensors[i], begin, std::min(begin + kChunk, params[i].numel()));
     }
   };
-  if (threads < 2)
+  if (threads < 2) {
     in_turn(0, 1);
-  else
+  } else {
+    in_threads.taken();
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (int64_t thread = begin; thread < end; ++thread) in_turn(thread, threads);
     });
+  }
   if (scale != 1)
     for (auto& [theirs, ours] : reordered) theirs.copy_(ours);
 }

@@ -7,9 +7,17 @@
 #include <algorithm>
 #include <cstring>
 
+#include "../gate/paths.h"
 #include "memory.h"
 
 namespace nnfast {
+
+// What a core can count on of the last cache. The system is no help here: on a virtual machine it may name the whole
+// host's.
+static Threshold stream_bytes("stream_bytes", int64_t(32) << 20);
+static Path streamed("streamed");
+// Elements a thread takes at the least: below, waking one more costs more than it brings.
+static Threshold thread_elements("thread_elements", 16384);
 
 const Kernels* cpu_kernels() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -77,14 +85,14 @@ void for_each_block(
 }
 
 bool may_stream(const at::Tensor& output, size_t bytes) {
-  // What a core can count on of the last cache. The system is no help here: on a virtual machine it may name the
-  // whole host's.
-  constexpr size_t kCache = size_t(32) << 20, kLine = 64;
-  return bytes >= kCache && output.size(-1) * output.element_size() % kLine == 0 &&
-         (uintptr_t)output.const_data_ptr() % kLine == 0;
+  constexpr size_t kLine = 64;
+  const bool may = bytes >= (size_t)stream_bytes && output.size(-1) * output.element_size() % kLine == 0 &&
+                   (uintptr_t)output.const_data_ptr() % kLine == 0;
+  if (may) streamed.taken();
+  return may;
 }
 
-int64_t row_grain(int64_t size) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, size)); }
+int64_t row_grain(int64_t size) { return std::max<int64_t>(1, thread_elements / std::max<int64_t>(1, size)); }
 
 int64_t row_threads(int64_t rows, int64_t size) {
   return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows / row_grain(size)));

@@ -6,7 +6,7 @@
 #include <functional>
 #include <vector>
 
-#include "../rows.h"
+#include "../ops/rows.h"
 #include "kernels.h"
 
 namespace nnfast {

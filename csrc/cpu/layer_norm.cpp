@@ -3,12 +3,15 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "../op.h"
+#include "../gate/paths.h"
+#include "../ops/op.h"
 #include "cpu.h"
 #include "memory.h"
 
 namespace nnfast {
 namespace {
+
+Path forward("layer_norm"), backward("layer_norm_backward");
 
 DType affine_dtype(const Tensor& input, const OptTensor& weight, const OptTensor& bias) {
   return cpu_dtype(defined(weight) ? *weight : defined(bias) ? *bias : input);
@@ -22,6 +25,7 @@ std::tuple<Tensor, Tensor> layer_norm_cpu(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_,
     double eps) {
   const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias_, cpu_kernels());
+  forward.taken();
   const OptTensor weight = contiguous(weight_), bias = contiguous(bias_);
   const Rows x = rows_of(input, size, normalized_shape.size());
   Tensor output = empty(input.sizes(), input.scalar_type());
@@ -48,6 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
     const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats,
     const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
   const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias, cpu_kernels());
+  backward.taken();
   const OptTensor weight = contiguous(weight_);
   const Rows g = rows_of(grad_out, size, normalized_shape.size()), x = rows_of(input, size, normalized_shape.size());
   Tensor grad_input = output_mask[0] ? empty(input.sizes(), input.scalar_type()) : Tensor();

@@ -6,14 +6,18 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-#include "../op.h"
+#include "../gate/paths.h"
+#include "../ops/op.h"
 #include "cpu.h"
 #include "memory.h"
 
 namespace nnfast {
 namespace {
 
-constexpr int64_t kElementGrain = 16384;
+Path gelu_served("gelu"), gelu_backward_served("gelu_backward"), served("linear_gelu"),
+    backward_served("linear_gelu_backward");
+Path by_one_dnn("product.one_dnn"), by_torch("product.torch"), turned("product.turned"),
+    in_blocks("linear_gelu.blocks");
 
 void check(bool covered) {
   TORCH_CHECK_NOT_IMPLEMENTED(
@@ -23,7 +27,7 @@ void check(bool covered) {
 // torch multiplies float32 with MKL, and oneDNN is at hand in the same library: 1.1 times as fast on a Zen 4, 1.9
 // times on a Zen 5, slower only where the call costs more than the product. With AVX2 alone that holds while both
 // operands lie by rows. 16-bit products are oneDNN's anyway.
-constexpr int64_t kOneDnnMultiplyAdds = 2'000'000;
+Threshold one_dnn_multiply_adds("product.one_dnn_multiply_adds", 2'000'000);
 
 using OneDnnLinear = Tensor(
     const Tensor&, const Tensor&, const OptTensor&, c10::string_view, c10::List<std::optional<at::Scalar>>,
@@ -36,7 +40,7 @@ const std::optional<c10::OperatorHandle>& one_dnn() {
 
 bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
   if (!one_dnn() || input.scalar_type() != at::kFloat) return false;
-  if (input.size(0) * input.size(1) * weight.size(0) < kOneDnnMultiplyAdds) return false;
+  if (input.size(0) * input.size(1) * weight.size(0) < one_dnn_multiply_adds) return false;
   const auto& context = at::globalContext();
   const auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
   // Where the user lets float32 products run in a lower precision, torch decides how.
@@ -49,29 +53,32 @@ bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
 Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = std::nullopt) {
   // What comes here has the dtype it shall have, also where a backward runs inside autocast.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (!one_dnn_serves(input, weight)) return at::linear(input, weight, bias);
+  if (!one_dnn_serves(input, weight)) return by_torch.taken(), at::linear(input, weight, bias);
+  by_one_dnn.taken();
   return one_dnn()->typed<OneDnnLinear>().call(input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
 // a^T b for two matrices. oneDNN reads its first operand by rows and copies it where it does not lie so, while it
 // takes the second as it is. With many rows it pays to have the smaller operand copied, and to turn the result around.
-constexpr int64_t kManyRows = 2048;
+Threshold many_rows("product.turn_rows", 2048);
 
 Tensor gemm_tn(const Tensor& a, const Tensor& b) {
-  const bool turn = a.size(1) > b.size(1) && a.size(0) >= kManyRows && one_dnn_serves(b.t(), a.t());
+  const bool turn = a.size(1) > b.size(1) && a.size(0) >= many_rows && one_dnn_serves(b.t(), a.t());
+  if (turn) turned.taken();
   return turn ? gemm(b.t(), a.t()).t().contiguous() : gemm(a.t(), b.t());
 }
 
 // Threads get whole lines of memory, as streaming stores need.
 constexpr int64_t kLine = 64;
 void gelu_elements(const Gelu& f, int64_t count) {
-  at::parallel_for(0, (count + kLine - 1) / kLine, kElementGrain / kLine, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, (count + kLine - 1) / kLine, row_grain(kLine), [&](int64_t begin, int64_t end) {
     cpu_kernels()->gelu(f, begin * kLine, std::min(end * kLine, count));
   });
 }
 
 Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
+  gelu_served.taken();
   // ATen has a vector of doubles' tanh, and takes two thirds of our time.
   if (self.scalar_type() == at::kDouble && approximate == "tanh") return at::gelu(self, approximate);
   // The output's dimensions follow each other in memory as the input's do, without its gaps.
@@ -107,27 +114,30 @@ RowSums gelu_grad(
 
 Tensor gelu_backward_cpu(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
+  gelu_backward_served.taken();
   Tensor grad_input = empty(self.sizes(), self.scalar_type());
   gelu_grad(grad_input, grad_output, self, 1, approximate, false);
   return grad_input;
 }
 
 // How much of the product is computed before its GELU is taken: as much as stays in the cache till then.
-constexpr int64_t kBlockBytes = int64_t(8) << 20;
+Threshold block_bytes("linear_gelu.block_bytes", int64_t(8) << 20);
 
 std::tuple<Tensor, Tensor> linear_gelu_cpu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
   check(covers_linear_gelu(input, weight, bias, approximate));
+  served.taken();
   const int64_t out = weight.size(0);
   at::DimVector sizes(input.sizes());
   sizes.back() = out;
   const Tensor x = input.reshape({-1, weight.size(1)});
   const int64_t rows = x.size(0), element = input.element_size();
-  const int64_t block = std::max<int64_t>(128, kBlockBytes / std::max<int64_t>(1, out * element) / 128 * 128);
+  const int64_t block = std::max<int64_t>(128, block_bytes / std::max<int64_t>(1, out * element) / 128 * 128);
   if (rows < 2 * block || input.scalar_type() == at::kDouble) {
     const Tensor pre = gemm(x, weight, bias).view(sizes);
     return {gelu_cpu(pre, approximate), pre};
   }
+  in_blocks.taken();
   // The product's own memory is used over and over; pre and output are written once, where they stay.
   Tensor output = empty(sizes, input.scalar_type()), pre = empty(sizes, input.scalar_type());
   const bool stream = may_stream(output, 2 * output.nbytes());
@@ -147,6 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_cpu(
     const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
     std::array<bool, 3> output_mask) {
   check(covers_linear_gelu(input, weight, std::nullopt, approximate));
+  backward_served.taken();
   const int64_t out = weight.size(0), in = weight.size(1);
   const Tensor grad_pre = overwrite && pre.is_contiguous() ? pre : empty(pre.sizes(), pre.scalar_type());
   const RowSums grad_bias = gelu_grad(grad_pre, grad_out, pre, out, approximate, output_mask[2]);

@@ -10,6 +10,8 @@
 #include <list>
 #include <mutex>
 
+#include "../gate/paths.h"
+
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -20,9 +22,10 @@ namespace {
 #ifdef __linux__
 
 constexpr size_t kPage = 4096, kHugePage = size_t(2) << 20;
-constexpr size_t kLarge = kHugePage;
+Threshold large("memory.large_bytes", kHugePage);
 // The most that is kept: one wide activation and its gradient. Without it a GPT-2-style step takes 1.14 times as long.
-constexpr size_t kKeep = size_t(128) << 20;
+Threshold keep("memory.keep_bytes", int64_t(128) << 20);
+Path mapped("memory.mapped"), given_again("memory.given_again");
 
 struct Block {
   void* data;
@@ -56,7 +59,7 @@ class Kept {
       else {
         blocks_.push_front(block);
         total_ += block.size;
-        while (total_ > kKeep) {
+        while ((int64_t)total_ > keep) {
           total_ -= blocks_.back().size;
           excess.splice(excess.end(), blocks_, std::prev(blocks_.end()));
         }
@@ -87,10 +90,11 @@ void release(void* context) {
 class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes < kLarge) return c10::GetDefaultCPUAllocator()->allocate(bytes);
-    if (bytes > kKeep) return huge(c10::GetDefaultCPUAllocator()->allocate(bytes), bytes);
+    if ((int64_t)bytes < large) return c10::GetDefaultCPUAllocator()->allocate(bytes);
+    if ((int64_t)bytes > keep) return huge(c10::GetDefaultCPUAllocator()->allocate(bytes), bytes);
     const size_t size = (bytes + kPage - 1) / kPage * kPage;
     void* data = kept().take(size);
+    (data ? given_again : mapped).taken();
     if (!data) data = map(size);
     c10::reportMemoryUsageToProfiler(data, (int64_t)size, 0, 0, at::kCPU);
     return {data, new Block{data, size}, &release, at::Device(at::kCPU)};
@@ -140,7 +144,7 @@ bool fills_new_memory() {
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   if (fills_new_memory()) return at::empty(sizes, at::TensorOptions(dtype));
 #ifdef __linux__
-  if (c10::multiply_integers(sizes) * (int64_t)c10::elementSize(dtype) >= (int64_t)kLarge)
+  if (c10::multiply_integers(sizes) * (int64_t)c10::elementSize(dtype) >= large)
     return at::detail::empty_generic(
         sizes, &allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
 #endif

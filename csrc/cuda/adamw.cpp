@@ -9,7 +9,7 @@
 #include <mutex>
 #include <vector>
 
-#include "../op.h"
+#include "../ops/op.h"
 #include "cuda.h"
 
 namespace nnfast::cuda {

@@ -2,8 +2,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "../op.h"
-#include "../rows.h"
+#include "../ops/op.h"
+#include "../ops/rows.h"
 #include "cuda.h"
 
 namespace nnfast::cuda {

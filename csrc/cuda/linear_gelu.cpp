@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "../op.h"
+#include "../ops/op.h"
 #include "cuda.h"
 
 namespace nnfast::cuda {

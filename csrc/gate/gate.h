@@ -8,8 +8,8 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/cpu.h"
-#include "op.h"
+#include "../cpu/cpu.h"
+#include "../ops/op.h"
 
 namespace nnfast {
 

@@ -10,7 +10,8 @@
 #include <torch/library.h>
 
 #include "gate.h"
-#include "groups.h"
+#include "optimizer.h"
+#include "paths.h"
 
 namespace nnfast {
 
@@ -118,7 +119,8 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 // Elements from which other Python threads may run during a step, some milliseconds. What they could let go of is then
 // held by references.
-constexpr int64_t kReleaseGil = int64_t(1) << 24;
+Threshold release_gil("release_gil_elements", int64_t(1) << 24);
+Path gil_released("adamw_.without_gil");
 
 // adamw_(param_groups, state, grad_scale, found_inf)
 PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -135,10 +137,11 @@ PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
     if (!read_group(PyList_GET_ITEM(args[0], i), state, groups[i]) || !groups[i].on_one_device(grad_scale, found_inf))
       Py_RETURN_FALSE;
   for (const auto& g : groups) {
-    if (g.elements < kReleaseGil) {
+    if (g.elements < release_gil) {
       g.step(grad_scale, found_inf);
       continue;
     }
+    gil_released.taken();
     std::vector<Tensor> held;
     for (const auto* list :
          {&g.params, &g.grads, &g.exp_avgs, &g.exp_avg_sqs, &g.max_exp_avg_sqs, &g.state_steps, &g.sharded})
@@ -185,6 +188,41 @@ PyObject* py_cpu_kernels(PyObject*, PyObject*) {
   END_HANDLE_TH_ERRORS
 }
 
+// paths() -> {name: how many calls took it}
+PyObject* py_paths(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  py::dict counts;
+  for (auto* path = Path::first(); path; path = path->next()) counts[path->name] = path->count.load();
+  return counts.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+// thresholds() -> {name: value}
+PyObject* py_thresholds(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  py::dict values;
+  for (auto* t = Threshold::first(); t; t = t->next()) values[t->name] = t->value.load();
+  return values.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+// set_threshold(name, value): for tests alone.
+PyObject* py_set_threshold(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  c10::string_view name;
+  if (count != 2 || !unpack_string(args[0], name) || !PyLong_Check(args[1]))
+    return wrong_arguments("set_threshold(name, value)");
+  for (auto* t = Threshold::first(); t; t = t->next())
+    if (name == t->name) {
+      t->value = PyLong_AsLongLong(args[1]);
+      if (PyErr_Occurred()) return nullptr;
+      Py_RETURN_NONE;
+    }
+  PyErr_SetObject(PyExc_KeyError, args[0]);
+  return nullptr;
+  END_HANDLE_TH_ERRORS
+}
+
 #define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
     FAST("layer_norm", py_layer_norm),
@@ -192,7 +230,10 @@ PyMethodDef methods[] = {
     FAST("linear_gelu", py_linear_gelu<false>),
     FAST("linear_gelu_pre", py_linear_gelu<true>),
     FAST("adamw_", py_adamw_),
+    FAST("set_threshold", py_set_threshold),
     {"hold", py_hold, METH_O, nullptr},
+    {"paths", py_paths, METH_NOARGS, nullptr},
+    {"thresholds", py_thresholds, METH_NOARGS, nullptr},
     {"cpu_kernels", py_cpu_kernels, METH_NOARGS, nullptr},
     {"cuda_kernels", py_cuda_kernels, METH_NOARGS, nullptr},
     {"triton_kernels", py_triton_kernels, METH_O, nullptr},

@@ -7,7 +7,7 @@
 #include <ATen/ops/native_layer_norm_backward.h>
 #include <torch/library.h>
 
-#include "autograd.h"
+#include "../gate/autograd.h"
 #include "op.h"
 
 namespace nnfast {

@@ -6,7 +6,7 @@
 #include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
-#include "autograd.h"
+#include "../gate/autograd.h"
 #include "op.h"
 
 namespace nnfast {
