@@ -1,15 +1,14 @@
-// Linear+GELU on a CPU: which library's GEMM, memory and threads. The elementwise arithmetic is in linear_gelu.h.
-#include <ATen/Context.h>
+// Linear+GELU on a CPU: memory and threads. The elementwise arithmetic is in linear_gelu.h.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
-#include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include "../gate/paths.h"
 #include "../ops/op.h"
 #include "cpu.h"
 #include "memory.h"
+#include "product.h"
 
 namespace nnfast {
 namespace {
@@ -22,50 +21,6 @@ Path by_one_dnn("product.one_dnn"), by_torch("product.torch"), turned("product.t
 void check(bool covered) {
   TORCH_CHECK_NOT_IMPLEMENTED(
       cpu_kernels() && covered, "nnfast::linear_gelu does not cover this call; nnfast.nn.functional hands it to torch");
-}
-
-// torch multiplies float32 with MKL, and oneDNN is at hand in the same library: 1.1 times as fast on a Zen 4, 1.9
-// times on a Zen 5, slower only where the call costs more than the product. With AVX2 alone that holds while both
-// operands lie by rows. 16-bit products are oneDNN's anyway.
-Threshold one_dnn_multiply_adds("product.one_dnn_multiply_adds", 2'000'000);
-
-using OneDnnLinear = Tensor(
-    const Tensor&, const Tensor&, const OptTensor&, c10::string_view, c10::List<std::optional<at::Scalar>>,
-    std::optional<c10::string_view>);
-
-const std::optional<c10::OperatorHandle>& one_dnn() {
-  static const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  return op;
-}
-
-bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
-  if (!one_dnn() || input.scalar_type() != at::kFloat) return false;
-  if (input.size(0) * input.size(1) * weight.size(0) < one_dnn_multiply_adds) return false;
-  const auto& context = at::globalContext();
-  const auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
-  // Where the user lets float32 products run in a lower precision, torch decides how.
-  const bool exact = precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32;
-  const bool by_rows = input.is_contiguous() && weight.is_contiguous();
-  return exact && context.userEnabledMkldnn() && (by_rows || cpu_kernels()->avx512);
-}
-
-// input weight^T + bias for two matrices.
-Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = std::nullopt) {
-  // What comes here has the dtype it shall have, also where a backward runs inside autocast.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  if (!one_dnn_serves(input, weight)) return by_torch.taken(), at::linear(input, weight, bias);
-  by_one_dnn.taken();
-  return one_dnn()->typed<OneDnnLinear>().call(input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
-}
-
-// a^T b for two matrices. oneDNN reads its first operand by rows and copies it where it does not lie so, while it
-// takes the second as it is. With many rows it pays to have the smaller operand copied, and to turn the result around.
-Threshold many_rows("product.turn_rows", 2048);
-
-Tensor gemm_tn(const Tensor& a, const Tensor& b) {
-  const bool turn = a.size(1) > b.size(1) && a.size(0) >= many_rows && one_dnn_serves(b.t(), a.t());
-  if (turn) turned.taken();
-  return turn ? gemm(b.t(), a.t()).t().contiguous() : gemm(a.t(), b.t());
 }
 
 // Threads get whole lines of memory, as streaming stores need.
@@ -134,7 +89,7 @@ std::tuple<Tensor, Tensor> linear_gelu_cpu(
   const int64_t rows = x.size(0), element = input.element_size();
   const int64_t block = std::max<int64_t>(128, block_bytes / std::max<int64_t>(1, out * element) / 128 * 128);
   if (rows < 2 * block || input.scalar_type() == at::kDouble) {
-    const Tensor pre = gemm(x, weight, bias).view(sizes);
+    const Tensor pre = product(x, weight, bias).view(sizes);
     return {gelu_cpu(pre, approximate), pre};
   }
   in_blocks.taken();
@@ -143,7 +98,7 @@ std::tuple<Tensor, Tensor> linear_gelu_cpu(
   const bool stream = may_stream(output, 2 * output.nbytes());
   for (int64_t row = 0; row < rows; row += block) {
     const int64_t count = std::min(block, rows - row), offset = row * out * element;
-    const Tensor part = gemm(x.narrow(0, row, count), weight, bias);
+    const Tensor part = product(x.narrow(0, row, count), weight, bias);
     gelu_elements(
         {cpu_dtype(input), approximate == "tanh", part.const_data_ptr(), (char*)output.mutable_data_ptr() + offset,
          (char*)pre.mutable_data_ptr() + offset, stream},
@@ -163,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_cpu(
   const RowSums grad_bias = gelu_grad(grad_pre, grad_out, pre, out, approximate, output_mask[2]);
   const Tensor d = grad_pre.view({-1, out});
   return {
-      output_mask[0] ? gemm(d, weight.t()).view(input.sizes()) : Tensor(),
-      output_mask[1] ? gemm_tn(d, input.reshape({-1, in})) : Tensor(), grad_bias.total({out}, pre.scalar_type())};
+      output_mask[0] ? product(d, weight.t()).view(input.sizes()) : Tensor(),
+      output_mask[1] ? product_tn(d, input.reshape({-1, in})) : Tensor(), grad_bias.total({out}, pre.scalar_type())};
 }
 
 }  // namespace

@@ -1,0 +1,14 @@
+// Matrix products on a CPU, by whichever library is faster for them here.
+#pragma once
+
+#include "../ops/op.h"
+
+namespace nnfast {
+
+// input weight^T + bias, for matrices (M, K) and (N, K) of one dtype and any strides.
+Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias = std::nullopt);
+
+// a^T b, for matrices (M, N) and (M, K).
+Tensor product_tn(const Tensor& a, const Tensor& b);
+
+}  // namespace nnfast
