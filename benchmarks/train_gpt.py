@@ -25,7 +25,7 @@ from rich.table import Table
 import nnfast
 import nnfast.nn
 import nnfast.optim
-from nnfast.benchmarks import harness
+from nnfast.benchmarks import harness, models
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -33,47 +33,12 @@ import matplotlib.pyplot as plt  # noqa: E402
 LIBRARIES = {"torch": (torch.nn, torch.optim), "nnfast": (nnfast.nn, nnfast.optim)}
 COMPILED = " + torch.compile"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CONTEXT, HEAD, VOCABULARY = 128, 64, 256
+CONTEXT, VOCABULARY = 128, 256
 WARMUP = 3  # steps that are trained and not timed
 
 # How far the losses may lie apart: rounding to 16 bits makes a step's gradient differ by a part in some hundreds,
 # whoever sums it.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2, "float16": 1e-2}
-
-
-def build(nn, layers: int, width: int):
-    """The model, written as anyone would with ``nn`` and ``F``; which library they are is all that differs."""
-    F = nn.functional
-
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-        def forward(self, x):
-            batch, length, _ = x.shape
-            q, k, v = (
-                t.view(batch, length, -1, HEAD).transpose(1, 2) for t in self.qkv(self.norm1(x)).split(width, dim=-1)
-            )
-            attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.proj(attention.transpose(1, 2).reshape(batch, length, width))
-            return x + self.mlp(self.norm2(x))
-
-    class GPT(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.token, self.position = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
-            self.blocks = nn.Sequential(*(Block() for _ in range(layers)))
-            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, VOCABULARY, bias=False)
-
-        def forward(self, tokens, targets):
-            x = self.token(tokens) + self.position(torch.arange(tokens.shape[1], device=tokens.device))
-            logits = self.head(self.norm(self.blocks(x)))
-            return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-    return GPT()
 
 
 def read_text(path: str | None) -> torch.Tensor:
@@ -92,7 +57,7 @@ class Run:
         nn, optim = LIBRARIES[name.removesuffix(COMPILED)]
         torch.manual_seed(0)
         self.name, self.options = name, options
-        self.model = build(nn, options.layers, options.width).to(options.device)
+        self.model = models.gpt(nn, options.layers, options.width, VOCABULARY, CONTEXT).to(options.device)
         self.optimizer = optim.AdamW(self.model.parameters(), lr=1e-3)
         self.forward = torch.compile(self.model) if name.endswith(COMPILED) else self.model
         self.losses, self.seconds = [], []
@@ -193,7 +158,7 @@ def parse(argv) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=60, help="timed and untimed steps")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=256, help=f"a multiple of {HEAD}")
+    parser.add_argument("--width", type=int, default=256, help=f"a multiple of {models.HEAD}")
     parser.add_argument("--batch", type=int, default=16, help=f"sequences of {CONTEXT} bytes")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="16 bits: under autocast")
@@ -202,8 +167,8 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--data", help="a file to read in place of the standard library")
     parser.add_argument("--out", default="benchmarks/out/train_gpt.png", type=Path, help="the picture")
     options = parser.parse_args(argv)
-    if options.width % HEAD or options.width <= 0:
-        parser.error(f"--width must be a multiple of {HEAD}")
+    if options.width % models.HEAD or options.width <= 0:
+        parser.error(f"--width must be a multiple of {models.HEAD}")
     if options.steps <= WARMUP:
         parser.error(f"--steps must be over {WARMUP}: the first {WARMUP} are not timed")
     if options.device == "cuda" and not torch.cuda.is_available():
