@@ -1,5 +1,4 @@
-"""Compiles the CUDA kernels and their host code for a CPU: ``python tests/emulate/build.py asan|tsan|plain``, into
-``build/emulate/<kind>.so``, whose path it prints. What is up to date is left alone."""
+"""Compiles the CUDA kernels and their host code for a CPU, into ``build/emulate/<kind>.so``."""
 
 import os
 import subprocess
@@ -18,48 +17,55 @@ SANITIZE = {
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"],
     "tsan": ["-fsanitize=thread"],
 }
+COMPILER = os.environ.get("CXX", "c++")
 
 
-def build(kind: str, source: Path = ROOT / "csrc", out: Path = ROOT / "build/emulate") -> Path:
-    """The library, built from ``source`` in the place of ``csrc``."""
-    import torch
+def commands(kind: str, source: Path, out: Path) -> dict[Path, list[str]]:
+    """The objects of the library and how each is made from ``source``, which stands for ``csrc``."""
     from torch.utils.cpp_extension import include_paths
 
     include = cuda.fetched_toolkit() / "include"
-    folder = out / kind
-    folder.mkdir(parents=True, exist_ok=True)
-    compiler = os.environ.get("CXX", "c++")
-    common = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1", f"-I{include}", f"-I{include / 'cccl'}"]
-    kernels = sorted(p for p in (source / "cuda").glob("*.cu") if "_sm" not in p.stem)
-    jobs = {}
-    for path in kernels:
-        flags = [*SANITIZE[kind], "-O1", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", "-Wno-attributes"]
-        jobs[folder / f"{path.stem}.o"] = [*common, *flags, "-include", str(HERE / "gpu.h"), "-x", "c++", str(path)]
-    jobs[folder / "gpu.o"] = [*common, *SANITIZE[kind], "-O2", str(HERE / "gpu.cpp")]
     torchs = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    common = [COMPILER, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1"]
+    common += [f"-I{include}", f"-I{include / 'cccl'}", f"-I{HERE}", f"-I{source}"]
+    found = {}
     for name in ("host", "contracts"):
-        flags = ["-O0", "-ffunction-sections", f"-I{HERE}", f"-I{source}", *torchs]
-        jobs[out / f"{name}.o"] = [*common, *flags, str(HERE / f"{name}.cpp")]
-    newest = max(p.stat().st_mtime for p in (*source.glob("*/*.*"), *HERE.glob("**/*.*")) if p.suffix != ".pyc")
+        found[out / f"{name}.o"] = [*common, *torchs, "-O0", "-ffunction-sections", str(HERE / f"{name}.cpp")]
+    for path in sorted((source / "cuda").glob("*.cu")):
+        if "_sm" in path.stem:  # CUTLASS's
+            continue
+        flags = [*SANITIZE[kind], "-O1", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", "-Wno-attributes"]
+        found[out / kind / f"{path.stem}.o"] = [*common, *flags, "-include", "gpu.h", "-x", "c++", str(path)]
+    # ThreadSanitizer shall see the kernels, and of the fibers what it is told.
+    flags = ["-DEMULATE_TSAN"] if kind == "tsan" else SANITIZE[kind]
+    found[out / kind / "gpu.o"] = [*common, *flags, "-O2", str(HERE / "gpu.cpp")]
+    return found
 
-    def run(command):
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
 
-    todo = [
-        [compiler, *flags, "-c", "-o", str(path)]
-        for path, flags in jobs.items()
-        if not path.exists() or path.stat().st_mtime < newest
-    ]
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+
+
+def compile_and_link(kind: str, todo: dict[Path, list[str]], objects: list[Path], library: Path) -> None:
+    import torch
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(run, reversed(todo)))  # the host code, which takes the longest, first
+        list(pool.map(lambda job: run([*job[1], "-c", "-o", str(job[0])]), todo.items()))
+    torchs = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    options = ["-shared", "-Wl,--gc-sections", *SANITIZE[kind], "-o", str(library)]
+    run([COMPILER, *options, *map(str, objects), *torchs])
+
+
+def build(kind: str) -> Path:
+    """The library, of which what is up to date is left alone."""
+    source, out = ROOT / "csrc", ROOT / "build/emulate"
+    (out / kind).mkdir(parents=True, exist_ok=True)
     library = out / f"{kind}.so"
+    every = commands(kind, source, out)
+    newest = max(p.stat().st_mtime for p in (*source.glob("*/*.*"), *HERE.glob("**/*.*")) if p.suffix != ".pyc")
+    todo = {o: c for o, c in every.items() if not o.exists() or o.stat().st_mtime < newest}
     if todo or not library.exists():
-        run([compiler, "-shared", "-Wl,--gc-sections", *SANITIZE[kind], "-o", str(library), *map(str, jobs),
-             f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"])  # fmt: skip
+        compile_and_link(kind, todo, list(every), library)
     return library
-
-
-if __name__ == "__main__":
-    print(build(*sys.argv[1:2]))

@@ -1,5 +1,5 @@
-// What the host code asks of the ops' contracts: which calls are covered. The extension keeps its own to itself. The ops
-// are not registered a second time.
+// What the host code asks of the ops' contracts: which calls are covered. The extension keeps its own to itself. The
+// ops are not registered a second time.
 #include <torch/library.h>
 
 #undef TORCH_LIBRARY_FRAGMENT

@@ -6,24 +6,24 @@
 // for is out of bounds.
 #include "gpu.h"
 
-#include "runtime.h"
-
 #include <dlfcn.h>
 #include <sys/mman.h>
-#include <ucontext.h>
 
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <numeric>
 #include <random>
 #include <set>
 #include <vector>
 
+#include "runtime.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATE_TSAN)
 #include <sanitizer/tsan_interface.h>
 #endif
 
@@ -35,6 +35,33 @@ constexpr size_t kDynamic = 256 << 10;
 alignas(16) thread_local char dynamic_shared_memory[kDynamic];
 }  // namespace nnfast::cuda
 
+#if !defined(__x86_64__)
+#error "fibers switch in x86-64's own words here"
+#endif
+// Puts the registers that a call keeps on this stack, where it stands into *from, and goes on where `to` stands.
+// ucontext would ask the kernel for the signals at each switch.
+extern "C" void emulate_switch(void** from, void* to);
+asm(R"(
+.text
+.type emulate_switch, @function
+emulate_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+
 namespace emulate {
 
 namespace {
@@ -43,21 +70,21 @@ constexpr size_t kStack = 256 << 10;
 constexpr int kWarp = 32, kMostThreads = 1024;
 
 [[noreturn]] void die(const char* what, const char* file = "", int line = 0) {
-  std::fprintf(stderr, "emulate: %s (%s:%d), block %u,%u thread %u\n", what, file, line, blockIdx.x, blockIdx.y,
-               threadIdx.x);
+  std::fprintf(
+      stderr, "emulate: %s (%s:%d), block %u,%u thread %u\n", what, file, line, blockIdx.x, blockIdx.y, threadIdx.x);
   std::abort();
 }
 
 struct Fiber {
-  ucontext_t context;
+  void* at;  // where it stands on its stack, while another runs
   char* stack;
-  bool ended, waiting;
+  bool ended;
   const char* file;
   int line;
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATE_TSAN)
   void* tsan;
 #endif
 };
@@ -70,14 +97,15 @@ struct Meeting {
 
 struct Warp {
   Meeting meeting;
-  char values[2][kWarp][16];
+  uint32_t values[2][kWarp];
   int turn[kWarp];
+  unsigned ended;  // lanes that have
 };
 
-std::vector<Fiber> fibers;
+std::deque<Fiber> fibers;
 std::vector<Warp> warps(kMostThreads / kWarp);
 Meeting block_meeting;
-ucontext_t scheduler;
+void* scheduler;  // where it stands
 int running, count, alive;
 std::vector<int> ready;
 const std::function<void()>* body;
@@ -88,47 +116,49 @@ void* scheduler_fake_stack;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATE_TSAN)
 void* scheduler_tsan;
 #endif
-char end_tag;  // of a block
+char start_tag, end_tag;  // of a block
 
 void acquire(void* tag) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATE_TSAN)
   __tsan_acquire(tag);
 #endif
   (void)tag;
 }
 void release(void* tag) {
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATE_TSAN)
   __tsan_release(tag);
 #endif
   (void)tag;
 }
 
-void to_scheduler(Fiber& f, bool last) {
+void to_scheduler(Fiber& f) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(last ? nullptr : &f.fake_stack, scheduler_stack, scheduler_stack_size);
+  __sanitizer_start_switch_fiber(&f.fake_stack, scheduler_stack, scheduler_stack_size);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATE_TSAN)
   __tsan_switch_to_fiber(scheduler_tsan, __tsan_switch_to_fiber_no_sync);
 #endif
-  (void)last;
-  swapcontext(&f.context, &scheduler);
+  emulate_switch(&f.at, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
 #endif
 }
 
+// A fiber outlives its block, and runs the same thread of the next.
 void entry() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
-  Fiber& f = fibers[running];
-  (*body)();
-  f.ended = true;
-  release(&end_tag);
-  to_scheduler(f, true);
+  for (const int i = running;;) {
+    acquire(&start_tag);
+    (*body)();
+    fibers[i].ended = true;
+    release(&end_tag);
+    to_scheduler(fibers[i]);
+  }
 }
 
 void resume(int i) {
@@ -138,10 +168,10 @@ void resume(int i) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack, f.stack, kStack);
 #endif
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATE_TSAN)
   __tsan_switch_to_fiber(f.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
-  swapcontext(&scheduler, &f.context);
+  emulate_switch(&scheduler, f.at);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -149,7 +179,6 @@ void resume(int i) {
 
 void open(Meeting& m) {
   for (const int i : m.here) {
-    fibers[i].waiting = false;
     ready.push_back(i);
   }
   m.here.clear();
@@ -160,14 +189,12 @@ void meet(Meeting& m, size_t wanted, const char* file, int line) {
   Fiber& f = fibers[running];
   f.file = file;
   f.line = line;
-  for (const int i : m.here)
-    if (fibers[i].line != line || std::strcmp(fibers[i].file, file) != 0)
-      die("threads that should meet wait at different lines", file, line);
+  if (!m.here.empty() && (fibers[m.here[0]].line != line || std::strcmp(fibers[m.here[0]].file, file) != 0))
+    die("threads that should meet wait at different lines", file, line);
   release(&m.tag);
   m.here.push_back(running);
-  f.waiting = true;
   if (m.here.size() == wanted) open(m);
-  to_scheduler(f, false);
+  to_scheduler(f);
   acquire(&m.tag);
 }
 
@@ -176,22 +203,16 @@ void run_block() {
   block_meeting.here.clear();
   for (auto& w : warps) {
     w.meeting.here.clear();
+    w.ended = 0;
     std::fill(std::begin(w.turn), std::end(w.turn), 0);
   }
   ready.clear();
   for (int i = 0; i < count; ++i) {
     Fiber& f = fibers[i];
-    f.ended = f.waiting = false;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack;
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, entry, 0);
+    f.ended = false;
     ready.push_back(i);
-#if defined(__SANITIZE_THREAD__)
-    f.tsan = __tsan_create_fiber(0);
-#endif
   }
+  release(&start_tag);
   while (alive) {
     if (ready.empty()) die("every thread waits for another", fibers[running].file, fibers[running].line);
     std::swap(ready[order() % ready.size()], ready.back());
@@ -200,9 +221,7 @@ void run_block() {
     resume(i);
     if (!fibers[i].ended) continue;
     --alive;
-#if defined(__SANITIZE_THREAD__)
-    __tsan_destroy_fiber(fibers[i].tsan);
-#endif
+    warps[i / kWarp].ended |= 1u << i % kWarp;
     // A thread that has ended counts as one that is at the barrier.
     if (alive && static_cast<int>(block_meeting.here.size()) == alive) open(block_meeting);
   }
@@ -215,18 +234,14 @@ int lane() { return running % kWarp; }
 
 void sync_block(const char* file, int line) { meet(block_meeting, alive, file, line); }
 
-void shuffle(unsigned mask, void* value, size_t size, int from, const char* file, int line) {
+uint32_t shuffle(unsigned mask, uint32_t value, int from, const char* file, int line) {
   Warp& w = warps[running / kWarp];
   const int me = lane(), turn = w.turn[me]++ % 2;
-  if (!(mask >> me & 1)) die("a lane that its own mask does not name", file, line);
-  std::memcpy(w.values[turn][me], value, size);
-  const int first = running - me;
-  for (int k = 0; k < kWarp; ++k)
-    if ((mask >> k & 1) && (first + k >= count || fibers[first + k].ended))
-      die("a lane that the mask names has ended", file, line);
+  if (mask & w.ended) die("a lane that the mask names has ended", file, line);
+  if (!(mask >> me & mask >> from & 1)) die("a lane that the mask does not name", file, line);
+  w.values[turn][me] = value;
   meet(w.meeting, __builtin_popcount(mask), file, line);
-  if (!(mask >> from & 1)) die("a lane that the mask does not name is read", file, line);
-  std::memcpy(value, w.values[turn][from], size);
+  return w.values[turn][from];
 }
 
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& one) {
@@ -236,18 +251,29 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
     return cudaErrorInvalidConfiguration;
   if (config.dynamicSmemBytes > nnfast::cuda::kDynamic) return cudaErrorInvalidValue;
   count = static_cast<int>(block.x);
+  ready.reserve(kMostThreads);
+  block_meeting.here.reserve(kMostThreads);
+  for (auto& w : warps) w.meeting.here.reserve(kWarp);
   while (fibers.size() < block.x) {
     fibers.emplace_back();
     void* stack = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) die("no memory for a stack");
-    fibers.back().stack = static_cast<char*>(stack);
+    Fiber& f = fibers.back();
+    f.stack = static_cast<char*>(stack);
+    // As after a call of entry(): six registers, where to return to, and 8 bytes short of a multiple of 16.
+    void** top = reinterpret_cast<void**>(f.stack + kStack) - 1;
+    *--top = reinterpret_cast<void*>(entry);
+    f.at = top - 6;
+#if defined(EMULATE_TSAN)
+    f.tsan = __tsan_create_fiber(0);
+#endif
   }
   body = &one;
   launched.insert(kernel);
   blockDim = block;
   gridDim = grid;
   char* const shared = nnfast::cuda::dynamic_shared_memory;
-#if defined(__SANITIZE_THREAD__)
+#if defined(EMULATE_TSAN)
   scheduler_tsan = __tsan_get_current_fiber();
 #endif
   std::vector<unsigned> blocks(grid.x * grid.y);

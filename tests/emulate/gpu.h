@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <functional>
 #include <type_traits>
@@ -27,13 +28,17 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
 
 // Until every thread of the block that has not ended is here.
 void sync_block(const char* file, int line);
-// Until every lane of the warp that `mask` names is here; `value` of the lane `from` is then this one's.
-void shuffle(unsigned mask, void* value, size_t size, int from, const char* file, int line);
+// Until every lane of the warp that `mask` names is here: the value that lane `from` brought.
+uint32_t shuffle(unsigned mask, uint32_t value, int from, const char* file, int line);
 int lane();
 
 template <class T>
 T shuffle_xor(unsigned mask, T value, int offset, const char* file, int line) {
-  shuffle(mask, &value, sizeof value, lane() ^ offset, file, line);
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = shuffle(mask, bits, lane() ^ offset, file, line);
+  std::memcpy(&value, &bits, 4);
   return value;
 }
 inline unsigned atomic_inc(unsigned* p, unsigned last) {

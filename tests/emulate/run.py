@@ -1,4 +1,7 @@
-"""Builds, and runs tests/emulated.py under a sanitizer: ``python tests/emulate/run.py asan|tsan|plain [for pytest]``."""
+"""Builds, and runs tests/emulated.py under a sanitizer.
+
+python tests/emulate/run.py asan|tsan|plain [what pytest takes]
+"""
 
 import os
 import subprocess
@@ -14,7 +17,9 @@ def environment(kind: str, library: Path) -> dict[str, str]:
     """What a process needs that shall load the library: the sanitizer's runtime comes before all others."""
     compiler = os.environ.get("CXX", "c++")
     preload = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            [compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in RUNTIMES[kind]
     ]
     return {

@@ -7,10 +7,10 @@
 #include <cuda_runtime_api.h>
 #include <torch/library.h>
 
-#define C10_CUDA_CHECK(call)                                                        \
-  do {                                                                              \
-    const cudaError_t error = call;                                                 \
-    TORCH_CHECK(error == cudaSuccess, "CUDA error ", static_cast<int>(error));      \
+#define C10_CUDA_CHECK(call)                                                   \
+  do {                                                                         \
+    const cudaError_t error = call;                                            \
+    TORCH_CHECK(error == cudaSuccess, "CUDA error ", static_cast<int>(error)); \
   } while (0)
 
 namespace c10::cuda {
