@@ -6,6 +6,7 @@
 # make lint    formatting and lint, as CI checks them; make format mends them
 # make emulate  the CUDA kernels on this CPU, every thread a fiber, under AddressSanitizer and UndefinedBehaviorSanitizer, and
 #               a slice under ThreadSanitizer; make emulate-slice the slice of both; make mutants: what its tests would miss
+# make docs    the documentation, in build/docs
 # make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions
 #
 # Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
@@ -33,6 +34,7 @@ test: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(PYTHON) -m pytest benchmarks --benchmark-only -q --compile
+	$(PYTHON) -m nnfast.benchmarks.steps --record
 	$(PYTHON) benchmarks/train_gpt.py --record
 	$(PYTHON) benchmarks/train_gpt.py --record --dtype bfloat16
 	$(PYTHON) benchmarks/report.py
@@ -72,6 +74,9 @@ format: $(INSTALLED)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPP)
+
+docs: $(INSTALLED)
+	$(PYTHON) -m mkdocs build --quiet
 
 compile-gpu: $(INSTALLED)
 	$(PYTHON) csrc/cuda/compile.py
