@@ -24,7 +24,7 @@ PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
 CPP := $(filter-out %.py,$(filter csrc/%,$(SOURCES))) $(wildcard tests/emulate/*.[ch]* tests/emulate/c10/cuda/*.h)
 
-.PHONY: demo test bench bench-gpu fuzz sanitize lint format compile-gpu emulate emulate-slice mutants clean
+.PHONY: demo test bench bench-gpu fuzz sanitize lint format compile-gpu docs emulate emulate-slice mutants clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
