@@ -35,12 +35,19 @@ def layer_norm_formula(input, normalized_shape, weight=None, bias=None, eps=1e-5
     return reference.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def cross_entropy_formula(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    if input.shape == target.shape or input.numel() == 0:  # torch's, in any case
+        return TF.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
 # The database's name, ours, torch's, the formula.
 FUNCTIONS = [
     ("nn.functional.layer_norm", F.layer_norm, TF.layer_norm, layer_norm_formula),
     ("native_layer_norm", F.layer_norm, TF.layer_norm, layer_norm_formula),
     ("nn.functional.gelu", F.gelu, TF.gelu, reference.gelu),
     ("nn.functional.linear", F.linear_gelu, torchs_linear_gelu, reference.linear_gelu),
+    ("nn.functional.cross_entropy", F.cross_entropy, TF.cross_entropy, cross_entropy_formula),
 ]
 names = [f[0] for f in FUNCTIONS]
 
@@ -107,6 +114,7 @@ CLASSES = [
     (torch.nn.LayerNorm, nn.LayerNorm, torch.nn.LayerNorm),
     (torch.nn.GELU, nn.GELU, torch.nn.GELU),
     (torch.nn.Linear, nn.LinearGELU, LinearThenGELU),
+    (torch.nn.CrossEntropyLoss, nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss),
     (torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),
     (torch.nn.TransformerEncoder, encoder, torch.nn.TransformerEncoder),
 ]
