@@ -28,7 +28,7 @@ NNFAST_FN A negative_log_softmax(A x, A max, A log_sum) {
 template <class A>
 NNFAST_FN A rebased(A sum, A from, A to) {
   using std::exp;
-  return from == to ? sum : sum * exp(from - to);
+  return from == to || sum == A(0) ? sum : sum * exp(from - to);
 }
 
 // loss, from n_y and sum_c w_c n_c.

@@ -118,11 +118,16 @@ void cross_entropy_backward_meta_(
 
 // ---- autograd ----
 
-// Whether nobody can see the memory of t any more, t the only reference to it. A view keeps its base alive.
+// Whether there is one reference to t. The object that Python knew it by holds another, and lives as long as t does.
+bool held_once(const Tensor& t) {
+  const auto holders = t.use_count();
+  return holders == 1 || (holders == 2 && t.unsafeGetTensorImpl()->pyobj_slot()->has_unique_reference());
+}
+
+// Whether nobody can see the memory of t any more, t being the last reference to it. A view keeps its base alive.
 bool seen_by_nobody_else(const Tensor& t) {
-  if (t.use_count() != 1) return false;
   const auto holders = t.storage().use_count();
-  return holders == 1 || (holders == 2 && t.is_view() && t._base().use_count() == 1);
+  return held_once(t) && (holders == 1 || (holders == 2 && t.is_view() && held_once(t._base())));
 }
 
 struct CrossEntropy {
