@@ -15,7 +15,6 @@ from nnfast import portable
 from nnfast.backend import native, torch_serves
 
 
-
 def _torchs(*_) -> None:
     """The gate of an op for which there is no kernel without the extension."""
 
@@ -189,9 +188,9 @@ def cross_entropy(
 ) -> Tensor:
     r"""The cross-entropy of logits with their classes, as :func:`torch.nn.functional.cross_entropy`.
 
-    :math:`-w_y \log \mathrm{softmax}(x)_y`, smoothed by Szegedy et al., 2016 (``csrc/math/cross_entropy.h``). The logits
-    are read once, and once more for their gradient, which is written over them where nobody else can see them. A mean is
-    over the weights of the classes that are not ignored.
+    :math:`-w_y \log \mathrm{softmax}(x)_y`, smoothed by Szegedy et al., 2016 (``csrc/math/cross_entropy.h``). The
+    logits are read once, and once more for their gradient, which is written over them where nobody else can see them. A
+    mean is over the weights of the classes that are not ignored.
 
     Args:
         input: ``(N, C)``, ``(C,)`` or ``(N, C, d1, ...)``; float32, bfloat16, float16 or float64.
@@ -210,9 +209,7 @@ def cross_entropy(
         IndexError, RuntimeError: torch's own, for classes out of range, and shapes or dtypes that do not fit.
     """
     if torch.jit.is_scripting():
-        return _F.cross_entropy(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        )
+        return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     else:
         if not is_compiling():
             if size_average is None and reduce is None:
@@ -220,9 +217,7 @@ def cross_entropy(
                 if output is not None:
                     return output
             torch_serves("cross_entropy")
-        return _F.cross_entropy(
-            input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
-        )
+        return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
 # In a script that calls them, these two are torch's builtin operators.

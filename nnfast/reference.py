@@ -43,7 +43,7 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """``-w_y log softmax(input)_y``, mixed with the classes' mean; a mean is over the weights of what is not ignored."""
+    """``-w_y log softmax(input)_y``, mixed with the classes' mean; a mean is over the weights of what counts."""
     input = input.movedim(1, -1) if input.dim() > 1 else input
     n = input.logsumexp(-1, keepdim=True) - input
     w = torch.ones_like(n[..., :1]).expand_as(n) if weight is None else weight.expand_as(n)

@@ -78,8 +78,8 @@ std::tuple<Tensor, Tensor> cross_entropy_cpu(
 
 // The gradient is written to grad_input, rows of it one after another.
 void cross_entropy_grad(
-    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Logits& x,
-    int64_t reduction, int64_t ignore_index, double label_smoothing, const Tensor& grad_input) {
+    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Logits& x, int64_t reduction,
+    int64_t ignore_index, double label_smoothing, const Tensor& grad_input) {
   const int64_t rows = x.target.numel();
   const bool each = reduction == at::Reduction::None;
   const Tensor grad = grad_out.to(x.acc).contiguous();

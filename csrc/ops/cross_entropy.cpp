@@ -119,7 +119,7 @@ void cross_entropy_backward_meta_(
 // ---- autograd ----
 
 // Whether there is one reference to t. The object that Python knew it by holds another, and lives as long as t does.
-bool held_once(const Tensor& t) {
+bool held_once(const at::TensorBase& t) {
   const auto holders = t.use_count();
   return holders == 1 || (holders == 2 && t.unsafeGetTensorImpl()->pyobj_slot()->has_unique_reference());
 }
@@ -201,8 +201,7 @@ Tensor cross_entropy_backward_autograd(
     int64_t reduction, int64_t ignore_index, double label_smoothing) {
   if (!any_needs_grad(grad_out, input)) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return cross_entropy_backward(
-        grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
+    return cross_entropy_backward(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
   }
   const Tensor x = input.movedim(class_dim(input), -1).to(grad_out.scalar_type());
   const auto classes = x.sym_size(-1);
