@@ -75,7 +75,7 @@ compile-gpu: $(INSTALLED)
 	$(PYTHON) csrc/cuda/compile.py
 
 clean:
-	rm -rf build *.egg-info nnfast/_C.*.so nnfast/_built_for.txt benchmarks/out
+	rm -rf build dist *.egg-info nnfast/_C_*.so nnfast/lib benchmarks/out
 
 # The constraints keep every other package from bringing another torch along, and the Triton that is there.
 $(INSTALLED): $(SOURCES) | $(if $(filter $(VENV)/%,$(PYTHON)),$(PYTHON))

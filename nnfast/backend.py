@@ -6,8 +6,10 @@ The registry of kernels is PyTorch's dispatcher, and the gate that decides call 
 
 import contextlib
 import functools
+import importlib
 import importlib.util
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -26,25 +28,25 @@ def _warn(why: str) -> None:
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or None and the reason, without ever loading one that was built for another torch."""
-    try:
-        built_for = Path(__file__).with_name("_built_for.txt").read_text().strip()
-    except FileNotFoundError:
+    """The extension for this torch, or None and the reason."""
+    there = {tuple(map(int, path.name.split(".")[0].split("_")[2:])) for path in Path(__file__).parent.glob("_C_*")}
+    if not there:
         return None, "nnfast was installed without native kernels; reinstall it where a C++ compiler is at hand"
-    if built_for != torch.__version__:
+    running = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    if running not in there:
+        built_for = ", ".join(f"{major}.{minor}" for major, minor in sorted(there))
         why = (
             f"nnfast's kernels were built for torch {built_for} and torch {torch.__version__} is running, so torch "
-            "serves every call; to rebuild: pip install --no-build-isolation --force-reinstall --no-deps nnfast"
+            "serves every call; install nnfast again, from its folder or a newer wheel"
         )
         _warn(why)
         return None, why
     try:
-        from nnfast import _C
+        return importlib.import_module("nnfast._C_{}_{}".format(*running)), ""
     except ImportError as e:
         why = f"nnfast's kernels could not be loaded ({e}), so torch serves every call"
         _warn(why)
         return None, why
-    return _C, ""
 
 
 #: The compiled extension, or None; and, where it is None, why.

@@ -77,6 +77,8 @@ struct Kernels {
   void (*adamw)(const AdamWTensor&, int64_t begin, int64_t end);
 };
 
+// What the library of the kernels offers to the others.
+#pragma GCC visibility push(default)
 namespace avx2 {
 extern const Kernels kernels;
 }
@@ -86,5 +88,6 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+#pragma GCC visibility pop
 
 }  // namespace nnfast
