@@ -10,6 +10,7 @@ pip install .                       for the torch that is installed
 NNFAST_BUILD=torch pip install .    nothing of it: every call is then torch's own
 NNFAST_TORCH=/a/torch:/b/torch      for other torches than that: folders with the include and lib of each. None is
                                     imported, so any will do, and make wheel builds for several at once
+NNFAST_WHEEL=1                      to be carried to other machines: runs with an older glibc than that of this one
 NNFAST_CUDA_ARCH="90a"              where torch has CUDA and a toolkit is there: for these of csrc/cuda/compile.py's
                                     architectures, like "80;90a"
 """
@@ -102,6 +103,7 @@ class Plan:
         self.flags = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-g0", "-Wall", "-Wno-maybe-uninitialized"]
         self.flags += shlex.split(environment)
         self.link_flags = shlex.split(os.environ.get("LDFLAGS", ""))
+        self.everywhere = []  # objects that every library takes in
         self.lines = [
             f"builddir = {base}",
             "rule compile\n  command = $cmd\n  description = $out\n  depfile = $out.d\n  deps = gcc",
@@ -122,6 +124,7 @@ class Plan:
     def link(self, name: str, objects: list[Path], *flags) -> Path:
         out = self.library_folder / "nnfast" / name
         self.libraries.append(out)
+        objects = [*objects, *self.everywhere]
         flags = [*objects, *self.link_flags, *flags, "-o", out]
         return self.step("link", out, objects, [*self.compiler, "-shared", f"-Wl,-soname,{out.name}", *flags])
 
@@ -144,6 +147,10 @@ def sources(room: str) -> list[str]:
 def plan(base: Path, torches: list[Torch]) -> Plan:
     todo = Plan(base)
     here, beside = "-Wl,-rpath,$ORIGIN", "-Wl,-rpath,$ORIGIN/lib"
+    if os.environ.get("NNFAST_WHEEL"):
+        todo.everywhere = [todo.compile("kernels", "csrc/glibc.cpp")]
+        wrapped = re.findall(r"^OLD\(\w+, (\w+)", Path("csrc/glibc.cpp").read_text(), re.MULTILINE)
+        todo.link_flags += ["-Wl,-s", *(f"-Wl,--wrap={function}" for function in wrapped)]
     # The kernels' objects, and whatever includes torch. What the libraries offer one another is in namespace nnfast.
     kernels = [s for s in sources("cpu") if Path(s).name.startswith("avx")]
     objects = [todo.compile("kernels", source, "-fvisibility=hidden") for source in kernels]
