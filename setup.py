@@ -186,7 +186,9 @@ def plan(base: Path, torches: list[Torch]) -> Plan:
         module = f"_C_{torch.minor}"
         headers += [f"-I{sysconfig.get_path('include')}", f"-DNNFAST_INIT=PyInit_{module}", "-fvisibility=hidden"]
         objects = [todo.compile(f"{room}-{PYTHON}", source, *headers) for source in sources("gate")]
-        todo.link(module + sysconfig.get_config_var("EXT_SUFFIX"), [*objects, ops], *libraries, "-ltorch_python", beside)
+        todo.link(
+            module + sysconfig.get_config_var("EXT_SUFFIX"), [*objects, ops], *libraries, "-ltorch_python", beside
+        )
         if toolkit and torch.cuda and torch.cuda.split(".")[0] == release:
             headers += [f"-I{toolkit}/include", *["-DNNFAST_SM90A"] * hopper]
             objects = [todo.compile(room, source, *headers) for source in sources("cuda")]
@@ -207,7 +209,9 @@ def native() -> dict:
         def run(self):
             compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
             if not shutil.which(compiler):
-                sys.exit(f"nnfast needs a C++ compiler and found no '{compiler}': install one (Debian: g++), or {WITHOUT}")
+                sys.exit(
+                    f"nnfast needs a C++ compiler and found no '{compiler}': install one (Debian: g++), or {WITHOUT}"
+                )
             if not Path(sysconfig.get_path("include"), "Python.h").exists():
                 sys.exit(f"nnfast needs Python's headers, Python.h: install them (Debian: python3-dev), or {WITHOUT}")
             todo = plan(Path(self.get_finalized_command("build").build_base), torches())
