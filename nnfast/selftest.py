@@ -67,7 +67,7 @@ def _same(ours: Callable, torchs: Callable, *tensors: torch.Tensor) -> None:
         for function in (ours, torchs):
             leaves = [t.to(dtype).requires_grad_() for t in tensors]
             output = function(*leaves)
-            output.backward(torch.linspace(-1, 1, output.numel()).view(output.shape).to(dtype))
+            output.backward(torch.linspace(1, -1, output.numel()).view(output.shape).to(dtype))
             results.append([output.detach(), *(t.grad for t in leaves)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -100,6 +100,13 @@ def _linear_gelu() -> None:
     _same(F.linear_gelu, torchs, _numbers(7, 33), _numbers(17, 33), _numbers(17))
 
 
+def _cross_entropy() -> None:
+    from nnfast.nn import functional as F
+
+    target, torchs = torch.arange(7) * 4, torch.nn.functional.cross_entropy
+    _same(lambda x: F.cross_entropy(x, target), lambda x: torchs(x, target), _numbers(7, 33))
+
+
 def _adamw() -> None:
     from nnfast import optim
 
@@ -119,6 +126,7 @@ ANSWERS: dict[str, Callable[[], None]] = {
     "layer_norm": _layer_norm,
     "gelu": _gelu,
     "linear_gelu": _linear_gelu,
+    "cross_entropy": _cross_entropy,
     "adamw_": _adamw,
 }
 
