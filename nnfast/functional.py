@@ -4,14 +4,13 @@ Each asks the gate in ``csrc/gate/python.cpp``, which answers with the result, o
 Under ``torch.compile``, export and scripting the plain torch ops are handed on: the compiler fuses them itself.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as _F
 
 from nnfast import portable
+from nnfast._torch import register_builtin
 from nnfast.backend import native, torch_serves
 
 
@@ -221,8 +220,5 @@ def cross_entropy(
 
 
 # In a script that calls them, these two are torch's builtin operators.
-with contextlib.suppress(AttributeError, ImportError):
-    from torch.jit._builtins import _register_builtin
-
-    _register_builtin(layer_norm, "aten::layer_norm")
-    _register_builtin(gelu, "aten::gelu")
+register_builtin(layer_norm, "aten::layer_norm")
+register_builtin(gelu, "aten::gelu")

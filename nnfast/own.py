@@ -19,11 +19,10 @@ import types
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.fx._symbolic_trace import is_fx_symbolic_tracing
-from torch.nn.modules.module import _has_any_global_hook
 
 from nnfast import functional as F
 from nnfast import nn
+from nnfast._torch import has_any_global_hook, is_fx_symbolic_tracing
 from nnfast.nn.linear_gelu import unobserved
 
 _TORCHS_F = torch.nn.functional
@@ -182,7 +181,7 @@ def _with_follower(parent, linear, gelu_name: str | None, approximate: str | Non
         if (what := gelu_of(gelu)) is None or not unobserved(gelu):
             return linear
         approximate, formula = what
-    if type(linear) not in linear_classes() or not unobserved(linear) or _has_any_global_hook():
+    if type(linear) not in linear_classes() or not unobserved(linear) or has_any_global_hook():
         return linear
     return _under(linear, _linear_class(type(linear), approximate, formula))
 

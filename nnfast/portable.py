@@ -7,10 +7,10 @@ False, where the call is torch's.
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from nnfast import backend
+from nnfast._torch import plain_eager
 from nnfast.kernels import launcher
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -31,11 +31,7 @@ def _open(first: Tensor, *others: Tensor | None) -> bool:
         and _on_gpu(first)
         and backend.forced() in (None, "triton")
         and not backend.no_triton()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_torch_function_mode_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch._C._get_tracing_state() is None
-        and forward_ad._current_level < 0
+        and plain_eager()
         and all(
             t is None
             or (

@@ -106,6 +106,8 @@ struct Kernels {
   void (*adamw)(const AdamWTensor&, int64_t begin, int64_t end);
 };
 
+// What the library of the kernels offers to the others.
+#pragma GCC visibility push(default)
 namespace avx2 {
 extern const Kernels kernels;
 }
@@ -115,5 +117,6 @@ extern const Kernels kernels;
 namespace avx512_bf16 {
 extern const Kernels kernels;
 }
+#pragma GCC visibility pop
 
 }  // namespace nnfast

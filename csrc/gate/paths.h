@@ -8,6 +8,9 @@
 
 namespace nnfast {
 
+// One list for all libraries of ours.
+#pragma GCC visibility push(default)
+
 // All objects of a kind, which are made before main at namespace scope, one after another.
 template <class T>
 class Listed {
@@ -45,5 +48,7 @@ class Threshold : public Listed<Threshold> {
   const char* const name;
   std::atomic<int64_t> value;
 };
+
+#pragma GCC visibility pop
 
 }  // namespace nnfast

@@ -1,4 +1,4 @@
-// The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
+// The extension module nnfast._C_<torch's minor version>: the gate, and behind it a short way from Python to the ops.
 //
 // layer_norm, gelu, linear_gelu, linear_gelu_pre, cross_entropy: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
@@ -9,6 +9,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include "gate.h"
 #include "optimizer.h"
@@ -277,7 +278,8 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr
 }  // namespace
 }  // namespace nnfast
 
-PyMODINIT_FUNC PyInit__C() {
+// setup.py names it after the file: PyInit__C_2_13.
+PyMODINIT_FUNC NNFAST_INIT() {
   using namespace nnfast;
   auto& dispatcher = c10::Dispatcher::singleton();
   for (size_t op = 0; op < kOps.size(); ++op) {
@@ -285,5 +287,7 @@ PyMODINIT_FUNC PyInit__C() {
     const bool there = handle.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
     on_gpu[op] = in_cpp[op] = there ? Backend::cuda : Backend::torch;
   }
-  return PyModule_Create(&module);
+  PyObject* m = PyModule_Create(&module);
+  if (m) PyModule_AddStringConstant(m, "built_for", TORCH_VERSION);
+  return m;
 }

@@ -1,9 +1,9 @@
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _has_any_global_hook
 
 from nnfast import functional as F
+from nnfast._torch import has_any_global_hook
 
 
 class GELU(torch.nn.GELU):
@@ -61,7 +61,7 @@ def gelu_of_linear(input: Tensor, linear: torch.nn.Module, activation) -> Tensor
         and type(linear) is torch.nn.Linear
         and isinstance(input, Tensor)
         and unobserved(linear)
-        and not _has_any_global_hook()
+        and not has_any_global_hook()
         and not is_compiling()
     ):
         return F.linear_gelu(input, linear.weight, linear.bias, approximate)

@@ -2,15 +2,10 @@ import torch
 from torch.compiler import is_compiling
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw as adamw
-from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
 
 from nnfast import portable
+from nnfast._torch import graph_capture_health_check, use_grad_for_differentiable
 from nnfast.backend import native, torch_serves
-
-# torch 2.11's name for it, and the newer one.
-_health_check = getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
-_health_check = _health_check or Optimizer._cuda_graph_capture_health_check
-
 
 _adamw_ = (native or portable).adamw_
 
@@ -32,14 +27,14 @@ class AdamW(torch.optim.AdamW):
     kernels, ...) goes through torch's own code.
     """
 
-    @_use_grad_for_differentiable
+    @use_grad_for_differentiable
     def step(self, closure=None):
         """Perform a single optimization step.
 
         Args:
             closure (Callable, optional): reevaluates the model and returns the loss.
         """
-        _health_check(self)
+        graph_capture_health_check(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

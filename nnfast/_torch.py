@@ -1,0 +1,92 @@
+"""The private names of torch that we lean on, in one place, and what is done where a torch has one no more.
+
+Private names come and go from version to version. None of them may keep nnfast from being imported: where one is gone,
+what it was asked for is answered so that torch's own code runs, or by what torch documents.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch.autograd import forward_ad
+
+
+def _found(owner: str, name: str, otherwise):
+    """``owner.name``, of a module or a class of torch's; ``otherwise`` where it is gone."""
+    try:
+        found = importlib.import_module(owner)
+    except ImportError:
+        found = functools.reduce(lambda outer, part: getattr(outer, part, None), owner.split(".")[1:], torch)
+    return getattr(found, name, otherwise)
+
+
+def _yes() -> bool:
+    return True
+
+
+#: Whether a hook is on every module. Gone: one may be, so nothing is fused.
+has_any_global_hook: Callable[[], bool] = _found("torch.nn.modules.module", "_has_any_global_hook", _yes)
+
+#: Whether torch.fx traces. Gone: whether its older, public name says so, and without either it may.
+is_fx_symbolic_tracing: Callable[[], bool] = _found(
+    "torch.fx._symbolic_trace", "is_fx_symbolic_tracing", _found("torch.fx._symbolic_trace", "is_fx_tracing", _yes)
+)
+
+
+def _without_gradients(step):
+    """What torch.optim decorates ``step`` with, but for ``differentiable=True``, which then raises."""
+
+    @functools.wraps(step)
+    def wrapped(self, *args, **kwargs):
+        if self.defaults.get("differentiable"):
+            raise RuntimeError("nnfast does not know how this torch differentiates through an optimizer's step")
+        with torch.no_grad():
+            return step(self, *args, **kwargs)
+
+    return wrapped
+
+
+#: The decorator of an optimizer's step. Gone: gradients are off inside.
+use_grad_for_differentiable: Callable = _found(
+    "torch.optim.optimizer", "_use_grad_for_differentiable", _without_gradients
+)
+
+
+def _nothing(*args) -> None:
+    pass
+
+
+#: torch.optim's check that a step that is captured into a graph may be; torch 2.11's name for it, and the newer one.
+#: Gone: a capture that is refused is refused by CUDA.
+graph_capture_health_check: Callable[[torch.optim.Optimizer], None] = _found(
+    "torch.optim.Optimizer",
+    "_accelerator_graph_capture_health_check",
+    _found("torch.optim.Optimizer", "_cuda_graph_capture_health_check", _nothing),
+)
+
+
+_dispatch_modes = _found("torch._C", "_len_torch_dispatch_stack", _yes)
+_function_modes = _found("torch._C", "_is_torch_function_mode_enabled", _yes)
+_transform = _found("torch._C._functorch", "peek_interpreter_stack", _yes)
+_tracing = _found("torch._C", "_get_tracing_state", _yes)
+
+
+def plain_eager() -> bool:
+    """No mode, functorch transform, tracing or forward-mode AD. A name gone: it cannot be told, so the answer is no."""
+    return (
+        _dispatch_modes() == 0
+        and not _function_modes()
+        and _transform() is None
+        and _tracing() is None
+        and getattr(forward_ad, "_current_level", 0) < 0
+    )
+
+
+#: Whether an op has a kernel at a dispatch key. Gone: it has, so ours in Triton are not put there.
+has_kernel: Callable[[str, str], bool] = _found(
+    "torch._C", "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True
+)
+
+#: Tells TorchScript which builtin a function is. Gone: scripts take the function for Python's.
+register_builtin: Callable = _found("torch.jit._builtins", "_register_builtin", _nothing)
