@@ -16,7 +16,6 @@ from nnfast.backend import native, torch_serves
 
 _ours = native or portable
 _layer_norm, _gelu, _linear_gelu = _ours.layer_norm, _ours.gelu, _ours.linear_gelu
-_linear_gelu_pre = _ours.linear_gelu_pre
 
 
 def layer_norm(
@@ -68,9 +67,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     if out is not None:
         return _F.gelu(input, approximate=approximate, out=out)
     if not is_compiling():
-        output = _taken_ahead(input, approximate) if _any_ahead else None
-        if output is None:
-            output = _gelu(input, approximate)
+        output = _gelu(input, approximate)
         if output is not None:
             return output
         torch_serves("gelu")
@@ -81,64 +78,10 @@ def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
     """:func:`gelu`, or None where the call is torch's."""
     if is_compiling():
         return None
-    output = _taken_ahead(input, approximate)
-    if output is None:
-        output = _gelu(input, approximate)
+    output = _gelu(input, approximate)
     if output is None:
         torch_serves("gelu")
     return output
-
-
-def _taken_ahead(input: Tensor, approximate: str) -> Tensor | None:
-    """The GELU that ``input`` carries, if it does."""
-    ahead = input.__dict__.pop(_AHEAD, None) if type(input) is Tensor else None
-    return None if ahead is None else ahead.of(input, approximate)
-
-
-# Whether a GELU was ever computed ahead in this process: until then nobody need look for one.
-_any_ahead = False
-
-# The name under which a pre-activation carries its GELU.
-_AHEAD = "_nnfast_ahead"
-
-
-class _Ahead:
-    """A GELU that was computed together with its input, before anybody asked for it."""
-
-    __slots__ = ("output", "approximate", "version")
-
-    def __init__(self, output: Tensor, approximate: str, version: int) -> None:
-        self.output, self.approximate, self.version = output, approximate, version
-
-    def of(self, pre: Tensor, approximate: str) -> Tensor | None:
-        """The output, where a GELU of ``pre`` taken now would be the same, and have the same gradient."""
-        same = (
-            self.approximate == approximate
-            and self.version == pre._version
-            and self.output.requires_grad == (pre.requires_grad and torch.is_grad_enabled())
-            and not pre._backward_hooks
-            and not pre.retains_grad
-        )
-        return self.output if same else None
-
-
-def linear_ahead(input: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor | None:
-    """``linear(input, weight, bias)`` that has its GELU computed with it, or None where the call is torch's.
-
-    The result is the Linear's, whoever reads it. Where :func:`gelu` is its next reader, the GELU is there already.
-    It goes with the tensor: no thread, exception or recomputation can mistake it for another's. The result is also
-    what the backward needs to see again, so that a change of it in place makes backward raise, as torch does.
-    """
-    if is_compiling() or torch.is_inference_mode_enabled():  # there tensors do not count their changes
-        return None
-    both = _linear_gelu_pre(input, weight, bias, approximate)
-    if both is None:
-        return None
-    global _any_ahead
-    _any_ahead = True
-    output, pre = both
-    pre.__dict__[_AHEAD] = _Ahead(output, approximate, pre._version)
-    return pre
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:

@@ -1,6 +1,6 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear_gelu, linear_gelu_pre: the result, or None where the call is torch's.
+// layer_norm, gelu, linear_gelu: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -93,8 +93,7 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// linear_gelu(input, weight, bias, approximate), and linear_gelu_pre with the same arguments: (output, pre).
-template <bool WithPre>
+// linear_gelu(input, weight, bias, approximate)
 PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4) return wrong_arguments("linear_gelu(input, weight, bias, approximate)");
@@ -106,14 +105,12 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!open(kLinearGelu, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
       !covers_linear_gelu(input, weight, bias, approximate))
     Py_RETURN_NONE;
-  Tensor output, pre;
+  Tensor output;
   {
     pybind11::gil_scoped_release no_gil;
-    std::tie(output, pre) = linear_gelu(input, weight, bias, approximate);
+    output = std::get<0>(linear_gelu(input, weight, bias, approximate, /*want_pre=*/false));
   }
-  if constexpr (!WithPre) return THPVariable_Wrap(std::move(output));
-  THPObjectPtr first(THPVariable_Wrap(std::move(output))), second(THPVariable_Wrap(std::move(pre)));
-  return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
+  return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
 }
 
@@ -227,8 +224,7 @@ PyObject* py_set_threshold(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     FAST("layer_norm", py_layer_norm),
     FAST("gelu", py_gelu),
-    FAST("linear_gelu", py_linear_gelu<false>),
-    FAST("linear_gelu_pre", py_linear_gelu<true>),
+    FAST("linear_gelu", py_linear_gelu),
     FAST("adamw_", py_adamw_),
     FAST("set_threshold", py_set_threshold),
     {"hold", py_hold, METH_O, nullptr},

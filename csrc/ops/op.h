@@ -53,6 +53,8 @@ std::pair<int64_t, int64_t> check_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     bool kernels = true);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
+// torch's kind of error where grad_output is not what gelu(self) gives.
+void check_gelu_backward(const Tensor& grad_output, const Tensor& self);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
 // One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come
 // in another 16-bit type or float than the parameter.
@@ -70,14 +72,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask);
 Tensor gelu(const Tensor& self, c10::string_view approximate);
 Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
+std::tuple<Tensor, Tensor, Tensor> linear_backward(
+    const Tensor& grad_output, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask);
+std::tuple<Tensor, Tensor> gelu_backward_sum(
+    const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
 std::tuple<Tensor, Tensor> linear_gelu(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
-    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
-    std::array<bool, 3> output_mask);
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
-    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
-    std::array<bool, 3> output_mask);
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate,
+    bool want_pre = true);
 void adamw_(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
