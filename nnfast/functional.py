@@ -5,6 +5,7 @@ Under ``torch.compile``, export and scripting the plain torch ops are handed on:
 """
 
 import contextlib
+import copyreg
 
 import torch
 from torch import Tensor
@@ -15,7 +16,11 @@ from nnfast import portable
 from nnfast.backend import native, torch_serves
 
 _ours = native or portable
-_layer_norm, _gelu, _linear_gelu = _ours.layer_norm, _ours.gelu, _ours.linear_gelu
+_Follower = _ours.Follower
+# A copy of a module, and one from a file, learn anew.
+copyreg.pickle(_Follower, lambda _: (_new_follower, ()))
+_layer_norm, _gelu = _ours.layer_norm, _ours.gelu
+_linear, _linear_gelu = _ours.linear, _ours.linear_gelu
 
 
 def layer_norm(
@@ -84,6 +89,65 @@ def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
     return output
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
+
+    On a CPU the product and those of the backward are taken by whichever library is faster for them there
+    (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op.
+
+    Args:
+        input: ``(*, in_features)``, float32, bfloat16, float16 or float64, any strides.
+        weight: ``(out_features, in_features)``, in the input's dtype.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(*, out_features)``, in the input's dtype, or autocast's where it is on.
+
+    Raises:
+        RuntimeError: torch's own, for shapes or dtypes that do not fit.
+    """
+    if not is_compiling():
+        output = _linear(input, weight, bias, None)
+        if output is not None:
+            return output
+        torch_serves("linear")
+    return _F.linear(input, weight, bias)
+
+
+def _new_follower():
+    return _Follower()
+
+
+# The name in a module's __dict__ of what has learned which GELU reads its output.
+_FOLLOWER = "_nnfast_follower"
+
+
+def linear_of(module: torch.nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """:func:`linear` of a module's own weights, or None where the call is torch's.
+
+    What reads the result is learned. From the second call on, a GELU that does is computed together with it.
+    """
+    if is_compiling():
+        return None
+    follower = module.__dict__.get(_FOLLOWER)
+    if follower is None:
+        follower = module.__dict__[_FOLLOWER] = _Follower()
+    output = _linear(input, weight, bias, follower)
+    if output is None:
+        torch_serves("linear")
+    return output
+
+
+def learned(module: torch.nn.Module) -> str | None:
+    """The ``approximate`` of the GELU that is computed with ``module``'s output."""
+    return getattr(module.__dict__.get(_FOLLOWER), "gelu", None)
+
+
+def forget(module: torch.nn.Module) -> None:
+    """Undo what :func:`linear_of` left on a module."""
+    module.__dict__.pop(_FOLLOWER, None)
+
+
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     r"""``gelu(linear(input, weight, bias), approximate=approximate)`` in one op.
 
@@ -113,9 +177,10 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, appro
         return _F.gelu(_F.linear(input, weight, bias), approximate=approximate)
 
 
-# In a script that calls them, these two are torch's builtin operators.
+# In a script that calls them, these are torch's builtin operators.
 with contextlib.suppress(AttributeError, ImportError):
     from torch.jit._builtins import _register_builtin
 
     _register_builtin(layer_norm, "aten::layer_norm")
     _register_builtin(gelu, "aten::gelu")
+    _register_builtin(linear, "aten::linear")

@@ -2,7 +2,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
-#include <ATen/ops/sum.h>
 #include <torch/library.h>
 
 #include "../gate/paths.h"
@@ -118,24 +117,12 @@ std::tuple<Tensor, Tensor> linear_gelu_cpu(
   return {output, pre};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
-    const Tensor& grad_output, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> mask) {
-  const int64_t out = grad_output.size(-1);
-  const Tensor d = grad_output.reshape({-1, out});
-  at::DimVector sizes(grad_output.sizes());
-  if (mask[0]) sizes.back() = weight->size(1);
-  return {
-      mask[0] ? product(d, weight->t()).view(sizes) : Tensor(),
-      mask[1] ? product_tn(d, input->reshape({-1, input->size(-1)})) : Tensor(), mask[2] ? d.sum(0) : Tensor()};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
   m.impl("gelu", gelu_cpu);
   m.impl("gelu_backward", gelu_backward_cpu);
   m.impl("gelu_backward_sum", gelu_backward_sum_cpu);
-  m.impl("linear_backward", linear_backward_cpu);
   m.impl("linear_gelu", linear_gelu_cpu);
 }
 

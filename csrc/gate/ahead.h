@@ -137,6 +137,14 @@ class LinearNode : public OpNode<Linear> {
   Sums sums_;
 };
 
+// Records `output` as input weight^T + bias.
+void record_linear(
+    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias);
+
+// input weight^T + bias, and the GELU with it that `follower` guesses, where anything is recorded.
+Tensor linear_followed(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, const std::shared_ptr<Follower>& follower);
+
 // The node of `output`, if that is what a Linear of ours returned, and nobody has changed in place since.
 inline LinearNode* linear_of(const Tensor& output) {
   auto* const meta = torch::autograd::impl::get_autograd_meta(output);

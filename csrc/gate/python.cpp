@@ -1,6 +1,6 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear_gelu: the result, or None where the call is torch's.
+// layer_norm, gelu, linear, linear_gelu: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -9,6 +9,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include "ahead.h"
 #include "gate.h"
 #include "optimizer.h"
 #include "paths.h"
@@ -88,6 +89,27 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     output = nnfast::gelu(input, approximate);
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// linear(input, weight, bias, follower), the last one a Follower or None
+PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4) return wrong_arguments("linear(input, weight, bias, follower)");
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
+  const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
+  const OptTensor bias = optional_tensor(args[2]);
+  if (!open(kLinear, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
+      !covers_linear(input, weight, bias))
+    Py_RETURN_NONE;
+  std::shared_ptr<Follower> follower;
+  if (any_needs_grad(input, weight, bias)) follower = py::cast<std::shared_ptr<Follower>>(py::handle(args[3]));
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = linear_followed(input, weight, bias, follower);
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
@@ -224,6 +246,7 @@ PyObject* py_set_threshold(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     FAST("layer_norm", py_layer_norm),
     FAST("gelu", py_gelu),
+    FAST("linear", py_linear),
     FAST("linear_gelu", py_linear_gelu),
     FAST("adamw_", py_adamw_),
     FAST("set_threshold", py_set_threshold),
@@ -248,5 +271,14 @@ PyMODINIT_FUNC PyInit__C() {
     const bool there = handle.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
     on_gpu[op] = in_cpp[op] = there ? Backend::cuda : Backend::torch;
   }
-  return PyModule_Create(&module);
+  PyObject* const m = PyModule_Create(&module);
+  if (!m) return nullptr;
+  // Made by a module for itself: it learns which GELU reads its output.
+  py::class_<Follower, std::shared_ptr<Follower>>(py::reinterpret_borrow<py::module_>(m), "Follower")
+      .def(py::init<>())
+      .def_property_readonly("gelu", [](const Follower& f) -> std::optional<const char*> {
+        if (f.known() == Follower::none_known) return std::nullopt;
+        return f.known() == Follower::tanh ? "tanh" : "none";
+      });
+  return m;
 }

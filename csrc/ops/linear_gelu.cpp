@@ -13,10 +13,6 @@
 namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
-  // Of input weight^T + bias. input is read for grad_weight alone, and weight for grad_input.
-  m.def(
-      "linear_backward(Tensor grad_output, Tensor? input, Tensor? weight, bool[3] output_mask)"
-      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
   m.def("gelu(Tensor self, *, str approximate='none') -> Tensor");
   m.def("gelu_backward(Tensor grad_output, Tensor self, *, str approximate='none') -> Tensor");
   // The same, and its sums over all dimensions but the last: where self is a Linear's output, its bias's gradient.
@@ -38,12 +34,6 @@ Tensor gelu(const Tensor& self, c10::string_view approximate) {
 Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
   static const auto op = find_op<decltype(gelu_backward)>("gelu_backward");
   return op.call(grad_output, self, approximate);
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_backward(
-    const Tensor& grad_output, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
-  static const auto op = find_op<decltype(linear_backward)>("linear_backward");
-  return op.call(grad_output, input, weight, output_mask);
 }
 
 std::tuple<Tensor, Tensor> gelu_backward_sum(
@@ -118,58 +108,6 @@ std::tuple<Tensor, Tensor> linear_gelu_meta(
   return {output, want_pre ? at::empty_symint(sizes, input.options()) : at::empty({0}, input.options())};
 }
 
-// ---- Linear's gradients, in ATen: differentiable, and right on every device ----
-
-void check_linear_backward(
-    const Tensor& grad, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> mask) {
-  const auto fits = [&](const OptTensor& t) {
-    return defined(t) && t->scalar_type() == grad.scalar_type() && t->device() == grad.device();
-  };
-  TORCH_CHECK(
-      grad.dim() > 0 && (!mask[0] || (fits(weight) && weight->dim() == 2 && weight->sym_size(0) == grad.sym_size(-1))) &&
-          (!mask[1] || (fits(input) && input->dim() == grad.dim() &&
-                        input->sym_sizes().slice(0, input->dim() - 1) == grad.sym_sizes().slice(0, grad.dim() - 1))),
-      "linear_backward: the sizes, dtypes or devices of grad_output, ", grad.sym_sizes(), ", of input, ",
-      defined(input) ? input->sym_sizes() : c10::SymIntArrayRef(), ", and of weight, ",
-      defined(weight) ? weight->sym_sizes() : c10::SymIntArrayRef(), ", do not fit");
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_backward_composite(
-    const Tensor& grad, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> mask) {
-  // What comes here has the dtype it shall have, also where a backward runs inside autocast.
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto rows = grad.reshape_symint({-1, grad.sym_size(-1)});
-  return {
-      mask[0] ? grad.matmul(*weight) : Tensor(),
-      mask[1] ? rows.t().matmul(input->reshape_symint({-1, input->sym_size(-1)})) : Tensor(),
-      mask[2] ? rows.sum(0) : Tensor()};
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_backward_autograd(
-    const Tensor& grad, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> mask) {
-  if (any_needs_grad(grad, input, weight)) return linear_backward_composite(grad, input, weight, mask);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return nnfast::linear_backward(grad, input, weight, mask);
-}
-
-Path sums_found("linear.sums_found");
-
-}  // namespace
-
-variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads) {
-  if (!grads[0].defined()) return variable_list(3);
-  const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-  const auto saved = mask[0] || mask[1] ? ctx->get_saved_variables() : variable_list(2);
-  const NotRecorded guard;
-  auto* const node = running_node<LinearNode>();
-  Tensor sums = node && !at::GradMode::is_enabled() ? node->take_sums(grads[0]) : Tensor();
-  if (sums.defined()) sums_found.taken();
-  auto [input, weight, bias] = nnfast::linear_backward(grads[0], saved[0], saved[1], {mask[0], mask[1], mask[2] && !sums.defined()});
-  return {input, weight, sums.defined() && mask[2] ? sums : bias};
-}
-
-namespace {
-
 // ---- autograd ----
 
 // A type for each approximation: a node then need not carry its name.
@@ -241,12 +179,6 @@ std::tuple<Tensor, Tensor> gelu_backward_sum_autograd(
   return gelu_backward_sum(grad_output, self, approximate);
 }
 
-// Records `pre` as the Linear of the others.
-void record_linear(const Tensor& pre, const Tensor& input, const Tensor& weight, const OptTensor& bias) {
-  const auto node = make_node<Linear, LinearNode>(input, weight, bias);
-  record(node, pre, {needs_grad(weight) ? input : Tensor(), needs_grad(input) ? weight : Tensor()});
-}
-
 std::tuple<Tensor, Tensor> linear_gelu_autograd(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
   const bool recorded = any_needs_grad(input, weight, bias);
@@ -274,7 +206,6 @@ std::tuple<Tensor, Tensor> linear_gelu_autocast(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) { m.impl("linear_backward", linear_backward_composite); }
 TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
   m.impl("gelu", gelu_meta);
   m.impl("gelu_backward", gelu_backward_meta);
@@ -284,7 +215,6 @@ TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
 TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("gelu", gelu_autograd);
   m.impl("gelu_backward", gelu_backward_autograd);
-  m.impl("linear_backward", linear_backward_autograd);
   m.impl("gelu_backward_sum", gelu_backward_sum_autograd);
   m.impl("linear_gelu", linear_gelu_autograd);
 }

@@ -12,7 +12,7 @@ class Conv1D(_Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         if not is_compiling() and type(x) is Tensor and x.is_contiguous():  # theirs takes a view of x
-            output = F.linear_if_ours(x, self.weight.t(), self.bias, F.follower_of(self))
+            output = F.linear_of(self, x, self.weight.t(), self.bias)
             if output is not None:
                 return output
         return super().forward(x)

@@ -17,4 +17,5 @@ class Linear(torch.nn.Linear):
         if torch.jit.is_scripting():
             return torch.nn.functional.linear(input, self.weight, self.bias)
         else:
-            return F.linear_of(self, input, self.weight, self.bias)
+            output = F.linear_of(self, input, self.weight, self.bias)
+            return torch.nn.functional.linear(input, self.weight, self.bias) if output is None else output
