@@ -74,6 +74,7 @@ def _same_as_torchs(input) -> bool:
     """
     return (
         isinstance(input, Tensor)
+        and input.is_floating_point()
         and input.dtype != torch.float64
         and (input.device.type == "cpu" or not torch.is_autocast_enabled(input.device.type))
     )

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import re
 import threading
 import weakref
 
@@ -121,7 +122,7 @@ def test_report(cpu_kernels):
     model(torch.randn(3, 5, 8))
     report = nnfast.report(model)
     assert ("0", "Linear, and the GELU that reads it, approximate='none'") in report.served
-    assert ("2", "LayerNorm") in report.served and "2               LayerNorm" in str(report)
+    assert ("2", "LayerNorm") in report.served and re.search(r"served: 2 +LayerNorm\n", str(report))
     assert [name for name, _ in report.left] == ["4", "5"]
 
 
@@ -401,7 +402,7 @@ def test_the_gradient_of_what_is_between(cpu_kernels):
     with served("gelu.taken_ahead"):
         h = model.c_fc(x)
         loss = model.gelu(h).square().sum()
-    exact = torch.autograd.grad(TF.gelu(h).square().sum(), (h, model.c_fc.bias))
+    exact = torch.autograd.grad(TF.gelu(h).square().sum(), (h, model.c_fc.bias), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, h, retain_graph=True)[0], exact[0])
     for _ in range(2):
         (bias,) = torch.autograd.grad(loss, model.c_fc.bias, retain_graph=True)
@@ -768,7 +769,7 @@ def test_a_gelu_is_what_it_computes_not_its_name(monkeypatch):
     monkeypatch.setattr(activations.GELUActivation, "forward", lambda self, x: x * torch.sigmoid(1.702 * x))
     model = nnfast.accelerate(torch.nn.Sequential(activations.GELUActivation(), activations.QuickGELUActivation()))
     assert kinds(model)[1:] == [activations.GELUActivation, activations.QuickGELUActivation]
-    assert [name for name, _ in nnfast.report(model).left] == ["0", "1"]
+    assert {name for name, _ in nnfast.report(model).left} == {"0", "1"}
 
 
 def test_a_forward_on_the_instance_is_left():

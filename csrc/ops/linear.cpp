@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_autograd(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
   if (any_needs_grad(grad_out, input, weight)) return linear_backward_aten(grad_out, input, weight, output_mask);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return linear_backward(grad_out, input, weight, output_mask);
+  return nnfast::linear_backward(grad_out, input, weight, output_mask);
 }
 
 // ---- autocast: the lower precision, as torch lists linear ----
