@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 import torch
 
 from nnfast import nn, own, trace
+from nnfast.nn.linear_gelu import LINEARS
 
 #: torch's class -> ours. A module is swapped only where its type is exactly torch's.
 _OURS: dict[type, type] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.GELU: nn.GELU,
+    torch.nn.Linear: nn.Linear,
     torch.nn.Sequential: nn.Sequential,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
@@ -104,7 +106,7 @@ def _what_is_served(module: torch.nn.Module) -> str:
 def _fused_pairs(sequential: torch.nn.Sequential) -> int:
     children = list(sequential)
     pairs = zip(children, children[1:], strict=False)
-    return sum(type(a) is torch.nn.Linear and type(b) in (torch.nn.GELU, nn.GELU) for a, b in pairs)
+    return sum(type(a) in LINEARS and type(b) in (torch.nn.GELU, nn.GELU) for a, b in pairs)
 
 
 def _find(module: torch.nn.Module) -> tuple[type | None, list[str]]:

@@ -15,8 +15,8 @@ from nnfast import portable
 from nnfast.backend import native, torch_serves
 
 _ours = native or portable
-_layer_norm, _gelu, _linear_gelu = _ours.layer_norm, _ours.gelu, _ours.linear_gelu
-_linear_gelu_pre = _ours.linear_gelu_pre
+_layer_norm, _gelu = _ours.layer_norm, _ours.gelu
+_linear, _linear_gelu, _linear_gelu_pre = _ours.linear, _ours.linear_gelu, _ours.linear_gelu_pre
 
 
 def layer_norm(
@@ -141,6 +141,31 @@ def linear_ahead(input: Tensor, weight: Tensor, bias: Tensor | None, approximate
     return pre
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
+
+    On a CPU the product and those of the backward are taken by whichever library is faster for them there
+    (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op.
+
+    Args:
+        input: ``(*, in_features)``, float32, bfloat16, float16 or float64, any strides.
+        weight: ``(out_features, in_features)``, in the input's dtype.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(*, out_features)``, in the input's dtype, or autocast's where it is on.
+
+    Raises:
+        RuntimeError: torch's own, for shapes or dtypes that do not fit.
+    """
+    if not is_compiling():
+        output = _linear(input, weight, bias)
+        if output is not None:
+            return output
+        torch_serves("linear")
+    return _F.linear(input, weight, bias)
+
+
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     r"""``gelu(linear(input, weight, bias), approximate=approximate)`` in one op.
 
@@ -170,9 +195,10 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, appro
         return _F.gelu(_F.linear(input, weight, bias), approximate=approximate)
 
 
-# In a script that calls them, these two are torch's builtin operators.
+# In a script that calls them, these are torch's builtin operators.
 with contextlib.suppress(AttributeError, ImportError):
     from torch.jit._builtins import _register_builtin
 
     _register_builtin(layer_norm, "aten::layer_norm")
     _register_builtin(gelu, "aten::gelu")
+    _register_builtin(linear, "aten::linear")

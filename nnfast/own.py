@@ -24,7 +24,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from nnfast import functional as F
 from nnfast import nn
-from nnfast.nn.linear_gelu import unobserved
+from nnfast.nn.linear_gelu import LINEARS, unobserved
 
 _TORCHS_F = torch.nn.functional
 
@@ -189,7 +189,7 @@ def _with_follower(parent, linear, gelu_name: str | None, approximate: str | Non
 
 @functools.cache
 def _linear_class(base: type, approximate: str, formula: bool) -> type:
-    transposed = base is not torch.nn.Linear
+    transposed = not issubclass(base, torch.nn.Linear)
 
     def forward(self, input: Tensor) -> Tensor:
         pre = None
@@ -207,7 +207,7 @@ def _linear_class(base: type, approximate: str, formula: bool) -> type:
 def linear_classes() -> tuple[type, ...]:
     """Linear, and GPT-2's Conv1D, whose weight is ``(in_features, out_features)``, where somebody has imported it."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
-    return (torch.nn.Linear,) if conv1d is None else (torch.nn.Linear, conv1d)
+    return LINEARS if conv1d is None else (*LINEARS, conv1d)
 
 
 # ---- torch.nn.functional, by the names of the user's own file ----

@@ -1,6 +1,6 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear_gelu, linear_gelu_pre: the result, or None where the call is torch's.
+// layer_norm, gelu, linear, linear_gelu, linear_gelu_pre: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -88,6 +88,25 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     output = nnfast::gelu(input, approximate);
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// linear(input, weight, bias)
+PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 3) return wrong_arguments("linear(input, weight, bias)");
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
+  const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
+  const OptTensor bias = optional_tensor(args[2]);
+  if (!open(kLinear, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
+      !covers_linear(input, weight, bias))
+    Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = nnfast::linear(input, weight, bias);
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
@@ -227,6 +246,7 @@ PyObject* py_set_threshold(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     FAST("layer_norm", py_layer_norm),
     FAST("gelu", py_gelu),
+    FAST("linear", py_linear),
     FAST("linear_gelu", py_linear_gelu<false>),
     FAST("linear_gelu_pre", py_linear_gelu<true>),
     FAST("adamw_", py_adamw_),

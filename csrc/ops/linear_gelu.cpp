@@ -147,14 +147,14 @@ Tensor gelu_backward_autograd(const Tensor& grad_output, const Tensor& self, c10
   return nnfast::gelu_backward(grad_output, self, approximate);
 }
 
-// The gradients of input weight^T + bias for grad, added to out. In ATen, and so differentiable.
+// The gradients of input weight^T + bias for grad, added to out; differentiable.
 void add_linear_backward(
     variable_list& out, const Tensor& grad, const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {
-  const auto add = [](Tensor& to, const Tensor& t) { to = to.defined() ? to + t : t; };
-  const auto rows = grad.reshape_symint({-1, weight.sym_size(0)});
-  if (mask[0]) add(out[0], grad.matmul(weight));
-  if (mask[1]) add(out[1], rows.t().matmul(input.reshape_symint({-1, weight.sym_size(1)})));
-  if (mask[2]) add(out[2], rows.sum(0));
+  const auto add = [](Tensor& to, const Tensor& t) {
+    if (t.defined()) to = to.defined() ? to + t : t;
+  };
+  const auto [grad_input, grad_weight, grad_bias] = nnfast::linear_backward(grad, input, weight, mask);
+  add(out[0], grad_input), add(out[1], grad_weight), add(out[2], grad_bias);
 }
 
 template <bool Tanh>

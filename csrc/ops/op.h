@@ -53,6 +53,10 @@ std::pair<int64_t, int64_t> check_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     bool kernels = true);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
+bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
+// torch's kind of error where what the op would read does not fit together.
+void check_linear_backward(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
 // One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come
 // in another 16-bit type or float than the parameter.
@@ -60,7 +64,7 @@ bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
     const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes = false);
 
-// ---- the ops; their schemas and what they do are in layer_norm.cpp, linear_gelu.cpp and adamw.cpp ----
+// ---- the ops; their schemas and what they do are in layer_norm.cpp, linear.cpp, linear_gelu.cpp and adamw.cpp ----
 
 std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
@@ -70,6 +74,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask);
 Tensor gelu(const Tensor& self, c10::string_view approximate);
 Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
+Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
+std::tuple<Tensor, Tensor, Tensor> linear_backward(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask);
 std::tuple<Tensor, Tensor> linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(

@@ -1,10 +1,11 @@
-"""Everything in :mod:`torch.nn.functional`; ``layer_norm`` and ``gelu`` ours, and ``linear_gelu`` besides."""
+"""Everything in :mod:`torch.nn.functional`; ``layer_norm``, ``gelu`` and ``linear`` ours, and ``linear_gelu`` besides."""
 
 import torch.nn.functional as _torch
 from torch.nn.functional import *  # noqa: F403
 
 from nnfast.functional import gelu as gelu
 from nnfast.functional import layer_norm as layer_norm
+from nnfast.functional import linear as linear
 from nnfast.functional import linear_gelu as linear_gelu
 
 

@@ -4,6 +4,10 @@ from torch.compiler import is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from nnfast import functional as F
+from nnfast.nn.linear import Linear
+
+#: What is fused with a GELU that follows: exactly these.
+LINEARS = (torch.nn.Linear, Linear)
 
 
 class GELU(torch.nn.GELU):
@@ -58,7 +62,7 @@ def gelu_of_linear(input: Tensor, linear: torch.nn.Module, activation) -> Tensor
     approximate = _approximate(activation)
     if (
         approximate is not None
-        and type(linear) is torch.nn.Linear
+        and type(linear) in LINEARS
         and isinstance(input, Tensor)
         and unobserved(linear)
         and not _has_any_global_hook()

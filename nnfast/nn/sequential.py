@@ -1,7 +1,6 @@
 import torch
-from torch.nn import Linear
 
-from nnfast.nn.linear_gelu import GELU, gelu_of_linear
+from nnfast.nn.linear_gelu import GELU, LINEARS, gelu_of_linear
 
 _GELUS = (torch.nn.GELU, GELU)
 
@@ -26,7 +25,7 @@ class Sequential(torch.nn.Sequential):
                         input, linear = gelu_of_linear(input, linear, module), None
                         continue
                     input, linear = linear(input), None
-                if type(module) is Linear:
+                if type(module) in LINEARS:
                     linear = module
                 else:
                     input = module(input)
