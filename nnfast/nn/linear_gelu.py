@@ -2,6 +2,10 @@ import torch
 from torch import Tensor
 
 from nnfast import functional as F
+from nnfast.nn.linear import Linear
+
+#: What is fused with a GELU that follows: exactly these.
+LINEARS = (torch.nn.Linear, Linear)
 
 
 class GELU(torch.nn.GELU):
