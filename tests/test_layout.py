@@ -15,6 +15,12 @@ ROOMS = ["csrc/ops/{}.cpp", "csrc/cpu/{}.cpp", "csrc/cpu/{}.h", "tests/test_{}.p
 GPU_ROOMS = ["csrc/cuda/{}.cpp", "csrc/cuda/{}.cu", "kernels/{}.py"]
 ON_A_CPU_ALONE = {"linear"}
 
+# How many rows of the contract each letter has.
+ROWS = (("L", 11), ("G", 7), ("A", 11), ("C", 2))
+
+# On a GPU these ops' calls stay torch's.
+CPU_ONLY = {"cross_entropy"}
+
 
 def stems():
     return sorted(p.stem for p in (ROOT / "csrc/ops").glob("*.cpp"))

@@ -21,6 +21,7 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 #endif
 
 #include "adamw.h"
+#include "cross_entropy.h"
 #include "layer_norm.h"
 #include "linear.h"
 #include "linear_gelu.h"

@@ -63,6 +63,12 @@ inline bool unpack_double(PyObject* o, double& out) {
   return PyErr_Clear(), false;
 }
 
+inline bool unpack_int(PyObject* o, int64_t& out) {
+  if (!PyLong_CheckExact(o)) return false;
+  out = PyLong_AsLongLong(o);
+  return PyErr_Occurred() ? (PyErr_Clear(), false) : true;
+}
+
 // A sequence of ints; a single int, as torch's own parser, is not one.
 inline bool unpack_sizes(PyObject* o, at::DimVector& out) {
   if (!PyTuple_Check(o) && !PyList_Check(o)) return false;

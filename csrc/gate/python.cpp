@@ -5,6 +5,7 @@
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/Reduction.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -52,6 +53,13 @@ namespace {
 PyObject* wrong_arguments(const char* signature) {
   PyErr_SetString(PyExc_TypeError, signature);
   return nullptr;
+}
+
+bool unpack_reduction(PyObject* o, int64_t& out) {
+  c10::string_view name;
+  if (!unpack_string(o, name)) return false;
+  out = name == "none" ? at::Reduction::None : name == "mean" ? at::Reduction::Mean : at::Reduction::Sum;
+  return name == "none" || name == "mean" || name == "sum";
 }
 
 // layer_norm(input, normalized_shape, weight, bias, eps)
@@ -131,6 +139,30 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     output = std::get<0>(linear_gelu(input, weight, bias, approximate, /*want_pre=*/false));
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 6)
+    return wrong_arguments("cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)");
+  int64_t ignore_index, reduction;
+  double label_smoothing;
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2]) || !unpack_int(args[3], ignore_index) ||
+      !unpack_reduction(args[4], reduction) || !unpack_double(args[5], label_smoothing))
+    Py_RETURN_NONE;
+  const Tensor &input = THPVariable_Unpack(args[0]), &target = THPVariable_Unpack(args[1]);
+  const OptTensor weight = optional_tensor(args[2]);
+  if (!open(kCrossEntropy, input) || !ordinary(input) || !ordinary(target) || !ordinary(weight) ||
+      !covers_cross_entropy(input, target, weight, ignore_index, label_smoothing))
+    Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing));
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
