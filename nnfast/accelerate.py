@@ -23,6 +23,7 @@ _OURS: dict[type, type] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.GELU: nn.GELU,
     torch.nn.Linear: nn.Linear,
+    torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
 
@@ -111,7 +112,7 @@ def _is_gelu(module: torch.nn.Module, approximate: str) -> bool:
 def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """Make every module of ``model`` that nnfast has a kernel for use it, in place.
 
-    Modules of torch's classes LayerNorm, Linear, GELU and TransformerEncoderLayer become ours, and so do GPT-2's Conv1D
+    Modules of torch's classes LayerNorm, Linear, GELU, CrossEntropyLoss and TransformerEncoderLayer become ours, and so do GPT-2's Conv1D
     and the GELUs of transformers and timm. They change their class and nothing else: parameters, hooks, names and
     ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m, torch.nn.LayerNorm)`` holds as
     before. Only this model is touched, a second call changes nothing, and :func:`restore` undoes it.

@@ -97,6 +97,8 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackward&, void* grad_weight, void* grad_bias, int64_t begin, int64_t end);
   void (*gelu)(const Gelu&, int64_t begin, int64_t end);
   void (*gelu_backward)(const GeluBackward&, void* grad_bias, int64_t begin, int64_t end);
+  void (*cross_entropy)(const CrossEntropyForward&, int64_t begin, int64_t end);
+  void (*cross_entropy_backward)(const CrossEntropyBackward&, int64_t begin, int64_t end);
   // sums[i] += the sum over the rows of rows[r][i]; they lie `stride` elements apart.
   void (*sum_rows)(
       DType dtype, const void* rows, int64_t stride, int64_t size, void* sums, int64_t begin, int64_t end);

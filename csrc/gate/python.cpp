@@ -1,6 +1,6 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear, linear_gelu: the result, or None where the call is torch's.
+// layer_norm, gelu, linear, linear_gelu, cross_entropy: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -280,6 +280,7 @@ PyMethodDef methods[] = {
     FAST("gelu", py_gelu),
     FAST("linear", py_linear),
     FAST("linear_gelu", py_linear_gelu),
+    FAST("cross_entropy", py_cross_entropy),
     FAST("adamw_", py_adamw_),
     FAST("set_threshold", py_set_threshold),
     {"hold", py_hold, METH_O, nullptr},

@@ -76,7 +76,7 @@ bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
     const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes = false);
 
-// ---- the ops; their schemas and what they do are in layer_norm.cpp, linear.cpp, linear_gelu.cpp and adamw.cpp ----
+// ---- the ops; their schemas and what they do are in the file of their stem ----
 
 std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
@@ -94,6 +94,15 @@ std::tuple<Tensor, Tensor> gelu_backward_sum(
 std::tuple<Tensor, Tensor> linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate,
     bool want_pre = true);
+std::tuple<Tensor, Tensor> cross_entropy(
+    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<at::ScalarType> dtype = std::nullopt);
+Tensor cross_entropy_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing);
+void cross_entropy_backward_(
+    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing);
 void adamw_(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
