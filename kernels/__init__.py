@@ -13,7 +13,7 @@ OPS = {
     "layer_norm": "layer_norm",
     "layer_norm_backward": "layer_norm",
     "linear_gelu": "linear_gelu",
-    "linear_gelu_backward": "linear_gelu",
+    "gelu_backward_sum": "linear_gelu",
     "adamw_": "adamw",
     "adamw_.tensor_lr": "adamw",
 }

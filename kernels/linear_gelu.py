@@ -156,7 +156,7 @@ def gelu_bwd_kernel(
     grad,  # (rows, cols)
     pre,  # (rows, cols)
     grad_pre,  # (rows, cols)
-    parts,  # (programs, cols), float: sums of grad_pre as it is stored; or None
+    parts,  # (programs, cols), float: sums of grad_pre as it is stored
     rows,
     cols,
     TANH: tl.constexpr,
@@ -174,8 +174,7 @@ def gelu_bwd_kernel(
         stored = (g * gelu_grad(x, TANH)).to(grad_pre.dtype.element_ty)
         tl.store(grad_pre + at, stored, mask=inside)
         total += stored.to(tl.float32)
-    if parts is not None:
-        tl.store(parts + program * cols + col, tl.sum(total, 0, keep_dims=True), mask=col < cols)
+    tl.store(parts + program * cols + col, tl.sum(total, 0, keep_dims=True), mask=col < cols)
 
 
 def _by_16_bytes(*matrices: Tensor) -> bool:
@@ -216,9 +215,9 @@ def _tile_for(tiles: tuple, x: Tensor, weight: Tensor, *rest) -> tuple:
 
 
 def linear_gelu_triton(
-    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none"
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, *, approximate: str = "none", want_pre: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """``nnfast::linear_gelu``: the output and the pre-activation, each ``(*, out_features)``."""
+    """``nnfast::linear_gelu``: the output and the pre-activation, wanted or not, each ``(*, out_features)``."""
     check(input.dtype in (*HALF, torch.float32) and weight.dtype == input.dtype, "linear_gelu")
     with on(input):
         target = driver.active.get_current_target()
@@ -237,28 +236,23 @@ def linear_gelu_triton(
     return output, pre
 
 
-def linear_gelu_backward_triton(
-    grad_out: Tensor, input: Tensor, weight: Tensor, pre: Tensor, *, approximate: str = "none", output_mask: list[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``nnfast::linear_gelu_backward``: the gradients of input, weight and bias that ``output_mask`` asks for."""
-    check(pre.dtype in (*HALF, torch.float32), "linear_gelu_backward")
-    cols, depth = weight.shape
-    grad_bias = weight.new_empty(cols) if output_mask[2] else None
-    grad_pre = pre.new_empty((pre.numel() // cols if cols else 0, cols))
-    rows = len(grad_pre)
-    with on(pre), torch._C._DisableAutocast():  # what comes here has the dtype it shall have
-        if grad_pre.numel():
-            across = triton.cdiv(cols, GRAD_COLS)
-            down = min(triton.cdiv(rows, GRAD_ROWS), max(1, GRAD_PROGRAMS * processors() // across))
-            parts = pre.new_empty((1, down, cols), dtype=torch.float32) if output_mask[2] else None
-            gelu_bwd_kernel[(across, down)](
-                grad_out.contiguous(), pre.contiguous(), grad_pre, parts, rows, cols,
-                TANH=approximate == "tanh", ROWS=GRAD_ROWS, COLS=GRAD_COLS, num_warps=GRAD_WARPS,
-            )  # fmt: skip
-            if output_mask[2]:
-                sum_rows(parts, [grad_bias])
-        elif output_mask[2]:
-            grad_bias.zero_()
-        grad_input = (grad_pre @ weight).view(input.shape) if output_mask[0] else None
-        grad_weight = grad_pre.t() @ input.reshape(rows, depth) if output_mask[1] else None
-    return grad_input, grad_weight, grad_bias
+def gelu_backward_sum_triton(
+    grad_output: Tensor, input: Tensor, *, approximate: str = "none"
+) -> tuple[Tensor, Tensor]:
+    """``nnfast::gelu_backward_sum``: the GELU's gradient, and its sums over all dimensions but the last."""
+    check(input.dtype in (*HALF, torch.float32) and input.dim() > 0, "gelu_backward_sum")
+    cols = input.shape[-1]
+    grad_input, grad_bias = torch.empty_like(input, memory_format=torch.contiguous_format), input.new_empty(cols)
+    rows = input.numel() // cols if cols else 0
+    if not rows:
+        return grad_input, grad_bias.zero_()
+    with on(input):
+        across = triton.cdiv(cols, GRAD_COLS)
+        down = min(triton.cdiv(rows, GRAD_ROWS), max(1, GRAD_PROGRAMS * processors() // across))
+        parts = input.new_empty((1, down, cols), dtype=torch.float32)
+        gelu_bwd_kernel[(across, down)](
+            grad_output.contiguous(), input.contiguous(), grad_input, parts, rows, cols,
+            TANH=approximate == "tanh", ROWS=GRAD_ROWS, COLS=GRAD_COLS, num_warps=GRAD_WARPS,
+        )  # fmt: skip
+        sum_rows(parts, [grad_bias])
+    return grad_input, grad_bias

@@ -1,61 +1,169 @@
-"""Swap a model's modules for ours, in place and reversibly; undo it; say what was done."""
+"""Swap a model's modules for ours, in place and reversibly; undo it; say what was done.
 
+A module is given a class of ours, and remembers in its ``__dict__`` which one it had. Nothing else changes: no forward
+is run, read or rewritten, and the user's code calls its children as it always did.
+"""
+
+import dis
+import sys
+import types
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
-from nnfast import nn, own, trace
+from nnfast import functional as F
+from nnfast import nn, reference
+
+_TORCHS_F = torch.nn.functional
 
 #: torch's class -> ours. A module is swapped only where its type is exactly torch's.
 _OURS: dict[type, type] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.GELU: nn.GELU,
+    torch.nn.Linear: nn.Linear,
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
-    torch.nn.Sequential: nn.Sequential,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
-_TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
 
-# Left on a module that accelerate swapped, in its __dict__: it travels with deepcopy and pickle, and state_dict
-# does not see it.
-_MARK = "_nnfast_swapped"
+# Left on a module that accelerate swapped, in its __dict__: the class it had. It travels with deepcopy and pickle, and
+# state_dict does not see it.
+_WAS = "_nnfast_was"
+
+
+# ---- the GELUs of other libraries ----
+
+
+class _LibraryGELU(torch.nn.Module):
+    """A library's GELU module with our kernel, and with its own forward wherever ours does not serve."""
+
+    __constants__ = ["approximate"]
+    approximate = "none"
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return torch.nn.functional.gelu(input, approximate=self.approximate)
+        else:
+            output = F.gelu_if_ours(input, self.approximate) if _same_as_torchs(input) else None
+            return self.__dict__[_WAS].forward(self, input) if output is None else output
+
+    def __getattr__(self, name: str):
+        """What its own class defines."""
+        was = self.__dict__.get(_WAS)
+        if was is None or not hasattr(was, name):
+            return super().__getattr__(name)
+        value = getattr(was, name)
+        return types.MethodType(value, self) if isinstance(value, types.FunctionType) else value
+
+    def _get_name(self) -> str:
+        return self.__dict__[_WAS].__name__
+
+    def extra_repr(self) -> str:
+        return self.__dict__[_WAS].extra_repr(self)
+
+
+class _LibraryTanhGELU(_LibraryGELU):
+    approximate = "tanh"
+
+
+def _same_as_torchs(input) -> bool:
+    """Whether torch's GELU gives what a formula in several ops gives, and in the same dtype.
+
+    A constant may be written out to ten digits, which float64 would see. Autocast brings some of its ops to float32 on
+    a GPU; on a CPU it leaves all of them alone.
+    """
+    return (
+        isinstance(input, Tensor)
+        and input.is_floating_point()
+        and input.dtype != torch.float64
+        and (input.device.type == "cpu" or not torch.is_autocast_enabled(input.device.type))
+    )
+
+
+#: The classes that are looked at, by their full names, and what they shall be.
+_LIBRARY_GELUS: dict[str, type] = {
+    "transformers.activations.GELUActivation": _LibraryGELU,
+    "transformers.activations.GELUTanh": _LibraryTanhGELU,
+    "transformers.activations.PytorchGELUTanh": _LibraryTanhGELU,
+    "transformers.activations.NewGELUActivation": _LibraryTanhGELU,
+    "transformers.activations.FastGELUActivation": _LibraryTanhGELU,
+    "transformers.activations.AccurateGELUActivation": _LibraryTanhGELU,
+    "timm.layers.activations.GELU": _LibraryGELU,
+    "timm.layers.activations.GELUTanh": _LibraryTanhGELU,
+}
+
+
+def _is_gelu(module: torch.nn.Module, approximate: str) -> bool:
+    """Whether this library's code is the GELU it is taken for: on some thousand points of the line, to ten digits."""
+    small = torch.linspace(-12, 12, 2001, dtype=torch.float64, device="cpu")
+    x = torch.cat([small, small * 1e-3, small * 1e20])
+    try:
+        with torch.no_grad():
+            y = type(module).forward(module, x)
+    except Exception:  # whatever a changed version of it raises
+        return False
+    return bool((y - reference.gelu(x, approximate)).abs().le(1e-10 * x.abs()).all())
+
+
+# ---- accelerate and restore ----
 
 
 def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """Make every module of ``model`` that nnfast has a kernel for use it, in place.
 
-    Modules of torch's classes become ours. Of the others, those become a subclass of what they are whose forward is a
-    GELU, calls ``F.layer_norm`` or ``F.gelu``, or calls a Linear (or GPT-2's Conv1D) that only a GELU reads: a trace of
-    the module itself shows it, and what it does not show stays as it is.
+    Modules of torch's classes LayerNorm, Linear, GELU, CrossEntropyLoss and TransformerEncoderLayer become ours, and so do GPT-2's Conv1D
+    and the GELUs of transformers and timm. They change their class and nothing else: parameters, hooks, names and
+    ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m, torch.nn.LayerNorm)`` holds as
+    before. Only this model is touched, a second call changes nothing, and :func:`restore` undoes it.
 
-    Modules change their class and nothing else: parameters, hooks, names and ``state_dict`` stay, an optimizer made
-    before keeps working, and ``isinstance(m, torch.nn.LayerNorm)`` holds as before. Only this model is touched, a
-    second call changes nothing, and :func:`restore` undoes it. :func:`report` says what was done.
+    A Linear learns from its first call whether a GELU reads its output, and from then on computes the GELU with it.
+    :func:`report` says what was done and what was learned.
 
     Returns:
         The same model.
     """
-    for module in reversed(list(model.modules())):  # a GELU before the module that calls it
-        kind, _ = _find(module)
-        if kind is not None:
-            module.__class__ = kind
-            module.__dict__[_MARK] = True
+    for module in model.modules():
+        ours = _find(module)
+        if ours is not None:
+            module.__dict__[_WAS] = type(module)
+            module.__class__ = ours
     return model
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo :func:`accelerate`: the same model, with the classes it had. Modules made as ours stay ours."""
+    """Undo :func:`accelerate`: the same model, with the classes it had.
+
+    Modules made as ours stay ours, and a class that somebody made of ours since (a parametrization, FSDP) stays theirs.
+    """
     for module in model.modules():
-        # A class that somebody made of ours since (a parametrization, for one) is not ours to take apart.
-        kind = _before(type(module))
-        if _MARK in module.__dict__ and kind is not None:
-            del module.__dict__[_MARK]
-            module.__class__ = kind
+        was = module.__dict__.get(_WAS)
+        if was is not None and type(module) is _class_for(was):
+            del module.__dict__[_WAS]
+            F.forget(module)
+            module.__class__ = was
     return model
 
 
-def _before(kind: type) -> type | None:
-    return kind._nnfast_made_from[0] if isinstance(kind, own.Own) else _TORCHS.get(kind)
+def _class_for(kind: type) -> type | None:
+    """Our class for modules of exactly the class ``kind``."""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if name == "transformers.pytorch_utils.Conv1D":
+        from nnfast.nn.conv1d import Conv1D
+
+        return Conv1D
+    return _OURS.get(kind) or _LIBRARY_GELUS.get(name)
+
+
+def _find(module: torch.nn.Module) -> type | None:
+    """The class that ``module`` can be given, or None."""
+    ours = None if "forward" in module.__dict__ else _class_for(type(module))
+    if ours is not None and issubclass(ours, _LibraryGELU) and not _is_gelu(module, ours.approximate):
+        return None
+    return ours
+
+
+# ---- report ----
 
 
 @dataclass
@@ -79,65 +187,65 @@ class Report:
 
 
 def report(model: torch.nn.Module) -> Report:
-    """Say what nnfast serves in ``model``, and what it leaves to torch and why."""
+    """Say what nnfast serves in ``model``, and what it leaves to torch and why. Nothing of the model is run."""
     result = Report()
     for name, module in model.named_modules():
-        kind, why = _find(module)
-        if what := _what_is_served(module):
+        if what := _served(module):
             result.served.append((name, what))
-        if kind is not None:
-            result.left.append((name, f"{type(module).__name__}: nnfast.accelerate(model) takes it"))
-        result.left += [(name, reason) for reason in why]
+        result.left += [(name, why) for why in _left(module)]
     return result
 
 
-def _what_is_served(module: torch.nn.Module) -> str:
+def _served(module: torch.nn.Module) -> str:
+    kind, gelu = type(module), F.learned(module)
+    if isinstance(module, (*_OURS.values(), nn.LinearGELU)) or kind is _class_for(module.__dict__.get(_WAS, object)):
+        return module._get_name() + (f", and the GELU that reads it, approximate={gelu!r}" if gelu else "")
+    return ""
+
+
+def _left(module: torch.nn.Module) -> Iterator[str]:
     kind = type(module)
-    if isinstance(module, nn.Sequential):
-        pairs = _fused_pairs(module)
-        return f"Sequential, {pairs} Linear+GELU fused" if pairs else ""
-    if isinstance(kind, own.Own):
-        return f"{kind.__name__}: {own.what(module)}"
-    ours = isinstance(module, (nn.TransformerEncoderLayer, *_TORCHS, nn.LinearGELU))
-    return kind.__name__ if ours else ""
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if _served(module) or kind.__module__.startswith("torch."):
+        if _find(module):
+            yield f"{kind.__name__}: nnfast.accelerate(model) takes it"
+        elif _class_for(kind):
+            yield "its forward was replaced on the instance"
+        return
+    if _find(module):
+        yield f"{kind.__name__}: nnfast.accelerate(model) takes it"
+    elif "forward" in module.__dict__:
+        if isinstance(module, tuple(_OURS)) or _class_for(kind):
+            yield "its forward was replaced on the instance"
+    elif isinstance(module, tuple(_OURS)):
+        yield f"{name} is a class of its own"
+    elif "gelu" in kind.__name__.lower():
+        yield f"{name} is no GELU that nnfast knows"
+    yield from (f"calls {what} at {where}: an import of nnfast's would serve it" for what, where in _calls(kind))
 
 
-def _fused_pairs(sequential: torch.nn.Sequential) -> int:
-    children = list(sequential)
-    pairs = zip(children, children[1:], strict=False)
-    return sum(type(a) is torch.nn.Linear and type(b) in (torch.nn.GELU, nn.GELU) for a, b in pairs)
+def _calls(kind: type) -> Iterator[tuple[str, str]]:
+    """Calls of torch's own ``F.gelu`` and ``F.layer_norm`` in the methods of a class: what, and where."""
+    for base in kind.__mro__:
+        if not base.__module__.startswith("torch."):
+            for method in vars(base).values():
+                if isinstance(method, types.FunctionType):
+                    yield from _calls_in(method.__code__, method.__globals__)
 
 
-def _find(module: torch.nn.Module) -> tuple[type | None, list[str]]:
-    """The class that ``module`` can be given, or None, and why what looks like ours in it stays torch's."""
-    kind = type(module)
-    if kind in _OURS:
-        return _OURS[kind], []
-    if kind in _TORCHS or own.gelu_of(module) or kind.__module__.startswith("torch."):
-        return None, []
-    accelerated = isinstance(kind, own.Own)
-    base = _before(kind) if accelerated else kind
-    called = set().union(*own.calls(base.forward).values())
-    linears = any(isinstance(child, own.linear_classes()) for child in module.children())
-    fusable = linears and ("gelu" in called or any(map(_is_gelu, module.children())))
-    looks_like_ours = isinstance(module, tuple(_OURS)) or "gelu" in kind.__name__.lower()
-    if not accelerated and (why := own.why_not(module)):
-        return None, [why] if called or fusable or looks_like_ours else []
-    if formula := trace.gelu_formula(module):
-        return own.gelu_class(kind, *formula), []
-    pairs, why = trace.linear_gelu_pairs(module, _is_gelu, "gelu" in called) if fusable else ((), [])
-    if accelerated:
-        return None, why
-    if pairs or called:
-        return own.module_class(kind, pairs), why
-    if looks_like_ours:
-        why = [*why, f"{kind.__module__}.{kind.__qualname__} computes something of its own"]
-    return None, why
-
-
-def _is_gelu(module: torch.nn.Module | None) -> bool:
-    """Whether ``module`` is a GELU that is ours, or that accelerate makes ours."""
-    if module is None or type(module) is torch.nn.GELU or own.gelu_of(module):
-        return module is not None
-    theirs = type(module).__module__.startswith("torch.") or own.why_not(module)
-    return not theirs and trace.gelu_formula(module) is not None
+def _calls_in(code: types.CodeType, names: dict) -> Iterator[tuple[str, str]]:
+    found, line = None, code.co_firstlineno
+    for instruction in dis.get_instructions(code):
+        line = instruction.starts_line if type(instruction.starts_line) is int else line
+        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            found = names.get(instruction.argval)
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and isinstance(found, types.ModuleType):
+            found = vars(found).get(instruction.argval)
+        else:
+            continue
+        for what in ("gelu", "layer_norm"):
+            if found is getattr(_TORCHS_F, what):
+                yield f"F.{what}", f"{code.co_filename}:{line}"
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _calls_in(constant, names)

@@ -4,6 +4,8 @@ Each asks the gate in ``csrc/gate/python.cpp``, which answers with the result, o
 Under ``torch.compile``, export and scripting the plain torch ops are handed on: the compiler fuses them itself.
 """
 
+import copyreg
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -19,8 +21,11 @@ def _torchs(*_) -> None:
 
 
 _ours = native or portable
-_layer_norm, _gelu, _linear_gelu = _ours.layer_norm, _ours.gelu, _ours.linear_gelu
-_linear_gelu_pre = _ours.linear_gelu_pre
+_Follower = _ours.Follower
+# A copy of a module, and one from a file, learn anew.
+copyreg.pickle(_Follower, lambda _: (_new_follower, ()))
+_layer_norm, _gelu = _ours.layer_norm, _ours.gelu
+_linear, _linear_gelu = _ours.linear, _ours.linear_gelu
 _cross_entropy = native.cross_entropy if native else _torchs
 
 
@@ -73,9 +78,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     if out is not None:
         return _F.gelu(input, approximate=approximate, out=out)
     if not is_compiling():
-        output = _taken_ahead(input, approximate) if _any_ahead else None
-        if output is None:
-            output = _gelu(input, approximate)
+        output = _gelu(input, approximate)
         if output is not None:
             return output
         torch_serves("gelu")
@@ -86,64 +89,94 @@ def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
     """:func:`gelu`, or None where the call is torch's."""
     if is_compiling():
         return None
-    output = _taken_ahead(input, approximate)
-    if output is None:
-        output = _gelu(input, approximate)
+    output = _gelu(input, approximate)
     if output is None:
         torch_serves("gelu")
     return output
 
 
-def _taken_ahead(input: Tensor, approximate: str) -> Tensor | None:
-    """The GELU that ``input`` carries, if it does."""
-    ahead = input.__dict__.pop(_AHEAD, None) if type(input) is Tensor else None
-    return None if ahead is None else ahead.of(input, approximate)
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
 
+    On a CPU the product and those of the backward are taken by whichever library is faster for them there
+    (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op.
 
-# Whether a GELU was ever computed ahead in this process: until then nobody need look for one.
-_any_ahead = False
+    Args:
+        input: ``(*, in_features)``, float32, bfloat16, float16 or float64, any strides.
+        weight: ``(out_features, in_features)``, in the input's dtype.
+        bias: ``(out_features,)`` or None.
 
-# The name under which a pre-activation carries its GELU.
-_AHEAD = "_nnfast_ahead"
+    Returns:
+        ``(*, out_features)``, in the input's dtype, or autocast's where it is on.
 
-
-class _Ahead:
-    """A GELU that was computed together with its input, before anybody asked for it."""
-
-    __slots__ = ("output", "approximate", "version")
-
-    def __init__(self, output: Tensor, approximate: str, version: int) -> None:
-        self.output, self.approximate, self.version = output, approximate, version
-
-    def of(self, pre: Tensor, approximate: str) -> Tensor | None:
-        """The output, where a GELU of ``pre`` taken now would be the same, and have the same gradient."""
-        same = (
-            self.approximate == approximate
-            and self.version == pre._version
-            and self.output.requires_grad == (pre.requires_grad and torch.is_grad_enabled())
-            and not pre._backward_hooks
-            and not pre.retains_grad
-        )
-        return self.output if same else None
-
-
-def linear_ahead(input: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> Tensor | None:
-    """``linear(input, weight, bias)`` that has its GELU computed with it, or None where the call is torch's.
-
-    The result is the Linear's, whoever reads it. Where :func:`gelu` is its next reader, the GELU is there already.
-    It goes with the tensor: no thread, exception or recomputation can mistake it for another's. The result is also
-    what the backward needs to see again, so that a change of it in place makes backward raise, as torch does.
+    Raises:
+        RuntimeError: torch's own, for shapes or dtypes that do not fit.
     """
-    if is_compiling() or torch.is_inference_mode_enabled():  # there tensors do not count their changes
+    if not is_compiling():
+        output = _linear(input, weight, bias, None)
+        if output is not None:
+            return output
+        torch_serves("linear")
+    return _F.linear(input, weight, bias)
+
+
+def _new_follower():
+    return _Follower()
+
+
+# The name in a module's __dict__ of what has learned which GELU reads its output.
+_FOLLOWER = "_nnfast_follower"
+
+
+def linear_of(module: torch.nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """:func:`linear` of a module's own weights, or None where the call is torch's.
+
+    What reads the result is learned. From the second call on, a GELU that does is computed together with it.
+    """
+    if is_compiling():
         return None
-    both = _linear_gelu_pre(input, weight, bias, approximate)
-    if both is None:
-        return None
-    global _any_ahead
-    _any_ahead = True
-    output, pre = both
-    pre.__dict__[_AHEAD] = _Ahead(output, approximate, pre._version)
-    return pre
+    follower = module.__dict__.get(_FOLLOWER)
+    if follower is None:
+        follower = module.__dict__[_FOLLOWER] = _Follower()
+    output = _linear(input, weight, bias, follower)
+    if output is None:
+        torch_serves("linear")
+    return output
+
+
+def learned(module: torch.nn.Module) -> str | None:
+    """The ``approximate`` of the GELU that is computed with ``module``'s output."""
+    return getattr(module.__dict__.get(_FOLLOWER), "gelu", None)
+
+
+def forget(module: torch.nn.Module) -> None:
+    """Undo what :func:`linear_of` left on a module."""
+    module.__dict__.pop(_FOLLOWER, None)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    r"""``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
+
+    On a CPU the product and those of the backward are taken by whichever library is faster for them there
+    (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op.
+
+    Args:
+        input: ``(*, in_features)``, float32, bfloat16, float16 or float64, any strides.
+        weight: ``(out_features, in_features)``, in the input's dtype.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(*, out_features)``, in the input's dtype, or autocast's where it is on.
+
+    Raises:
+        RuntimeError: torch's own, for shapes or dtypes that do not fit.
+    """
+    if not is_compiling():
+        output = _linear(input, weight, bias)
+        if output is not None:
+            return output
+        torch_serves("linear")
+    return _F.linear(input, weight, bias)
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -219,6 +252,7 @@ def cross_entropy(
         return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
-# In a script that calls them, these two are torch's builtin operators.
+# In a script that calls them, these are torch's builtin operators.
 register_builtin(layer_norm, "aten::layer_norm")
 register_builtin(gelu, "aten::gelu")
+register_builtin(linear, "aten::linear")

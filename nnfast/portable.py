@@ -16,7 +16,7 @@ from nnfast.kernels import launcher
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 _layer_norm, _layer_norm_backward = launcher("layer_norm"), launcher("layer_norm_backward")
-_linear_gelu, _linear_gelu_backward = launcher("linear_gelu"), launcher("linear_gelu_backward")
+_linear_gelu, _gelu_backward_sum = launcher("linear_gelu"), launcher("gelu_backward_sum")
 _adamw = launcher("adamw_")
 
 
@@ -81,8 +81,12 @@ class _LinearGelu(torch.autograd.Function):
         input, weight, bias, pre = ctx.saved_tensors
         mask = list(ctx.needs_input_grad[:3])
         if not torch.is_grad_enabled():
-            grads = _linear_gelu_backward(grad, input, weight, pre, approximate=ctx.approximate, output_mask=mask)
-            return *grads, None
+            grad_pre, grad_bias = _gelu_backward_sum(grad, pre, approximate=ctx.approximate)
+            with torch._C._DisableAutocast():  # what comes here has the dtype it shall have
+                rows = grad_pre.reshape(-1, len(weight))
+                grad_input = grad_pre @ weight if mask[0] else None
+                grad_weight = rows.t() @ input.reshape(-1, weight.shape[1]) if mask[1] else None
+            return grad_input, grad_weight, grad_bias if mask[2] else None, None
         # From the inputs again: through pre the second derivative reaches them.
         leaves = [t for t, wanted in zip((input, weight, bias), mask, strict=True) if wanted]
         with torch.enable_grad():
@@ -110,6 +114,14 @@ def gelu(input, approximate) -> None:
     """torch's own is bound by memory, and cheaper to launch."""
 
 
+def linear(input, weight, bias, follower) -> None:
+    """torch's own is the library's."""
+
+
+class Follower:
+    """Learns nothing, as nothing is computed ahead here."""
+
+
 def linear_gelu(input, weight, bias, approximate) -> Tensor | None:
     if not _open(input, weight, bias) or approximate not in ("none", "tanh"):
         return None
@@ -121,10 +133,6 @@ def linear_gelu(input, weight, bias, approximate) -> Tensor | None:
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != input.dtype):
         return None
     return _LinearGelu.apply(input, weight, bias, approximate)
-
-
-def linear_gelu_pre(input, weight, bias, approximate) -> None:
-    """The pre-activation is not given out here, so nothing is computed ahead."""
 
 
 def _read(group: dict, state: dict, scaler: list) -> tuple | None:

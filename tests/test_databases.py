@@ -46,6 +46,7 @@ FUNCTIONS = [
     ("nn.functional.layer_norm", F.layer_norm, TF.layer_norm, layer_norm_formula),
     ("native_layer_norm", F.layer_norm, TF.layer_norm, layer_norm_formula),
     ("nn.functional.gelu", F.gelu, TF.gelu, reference.gelu),
+    ("nn.functional.linear", F.linear, TF.linear, TF.linear),
     ("nn.functional.linear", F.linear_gelu, torchs_linear_gelu, reference.linear_gelu),
     ("nn.functional.cross_entropy", F.cross_entropy, TF.cross_entropy, cross_entropy_formula),
 ]
@@ -118,6 +119,7 @@ def encoder(*args, **kwargs):
 CLASSES = [
     (torch.nn.LayerNorm, nn.LayerNorm, torch.nn.LayerNorm),
     (torch.nn.GELU, nn.GELU, torch.nn.GELU),
+    (torch.nn.Linear, nn.Linear, torch.nn.Linear),
     (torch.nn.Linear, nn.LinearGELU, LinearThenGELU),
     (torch.nn.CrossEntropyLoss, nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss),
     (torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),

@@ -11,10 +11,9 @@ import warnings
 
 import pytest
 import torch
-from test_accelerate import MLP, Block, Function, LayerNorm, NewGELU
+from test_accelerate import MLP, Block, Function, LayerNorm
 
 import nnfast
-import nnfast.functional
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -54,7 +53,7 @@ def loss_of(model, inputs):
     return output.loss if hasattr(output, "loss") else output.square().mean()
 
 
-# The model, its inputs, and how many modules of it run a Linear and its GELU as one op.
+# The model, its inputs, and how many Linears of it are computed with the GELU that follows.
 MODELS = {
     "GPT-2": (gpt2, tokens, 2),
     "GPT-2, erf": (lambda: gpt2(activation_function="gelu"), tokens, 2),
@@ -80,19 +79,22 @@ def test_models(name):
     keys, text = list(model.state_dict()), repr(model)
     nnfast.accelerate(model)
     assert list(model.state_dict()) == keys and repr(model) == text
-    report = nnfast.report(model)
-    assert sum("as one op" in what or "fused" in what for _, what in report.served) == fused, report
-    norms = sum(isinstance(m, torch.nn.LayerNorm) for m in plain.modules())
-    assert sum(what == "LayerNorm" for _, what in report.served) == norms
     results = []
-    for m in (model, plain):
+    for m in (model, model, plain):
+        m.zero_grad()
         torch.manual_seed(1)
         loss = loss_of(m, inputs)
         loss.backward()
         with torch.no_grad():
             evaluated = loss_of(m.eval(), inputs)
         results.append((loss.detach(), evaluated, [p.grad for p in m.parameters()]))
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+        m.train()
+    torch.testing.assert_close(results[0], results[2], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[1], results[2], rtol=1e-4, atol=1e-5)
+    report = nnfast.report(model)
+    assert sum("GELU that reads it" in what for _, what in report.served) == fused, report
+    norms = sum(isinstance(m, torch.nn.LayerNorm) for m in plain.modules())
+    assert sum(what == "LayerNorm" for _, what in report.served) == norms
     assert [type(m) for m in nnfast.restore(model).modules()] == [type(m) for m in plain.modules()]
 
 
@@ -210,31 +212,26 @@ def test_lightning(tmp_path):
     both(Block, train)
 
 
-def test_peft(monkeypatch):
+def test_peft():
     peft = package("peft")
-    calls, real = [], nnfast.functional._linear_gelu_pre
-    monkeypatch.setattr(nnfast.functional, "_linear_gelu_pre", lambda *a: calls.append(1) or real(*a))
     config = peft.LoraConfig(r=2, target_modules=["c_fc", "c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     inputs = tokens()
 
     def train(model, adamw):
         adapted = peft.get_peft_model(model, config)
-        if ours := adamw.func is nnfast.optim.AdamW:
+        if adamw.func is nnfast.optim.AdamW:
             nnfast.accelerate(adapted)  # again, from outside the wrapper
         optimizer = adamw([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
         for _ in range(2):
             adapted(**inputs).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        assert not (ours and calls)
         with torch.no_grad():
             adapted_loss = adapted(**inputs).loss
             merged = adapted.merge_and_unload()
             return adapted_loss, merged(**inputs).loss, values(merged)
 
     both(gpt2, train)
-    if nnfast.backend.native is not None and nnfast.backend.native.cpu_kernels():
-        assert len(calls) == 2, "merged, c_fc is a Conv1D once more"
 
 
 def test_grad_scaler_and_autocast():
@@ -308,7 +305,7 @@ def test_compiled_training_compiles_once():
         return values(model)
 
     torch._dynamo.reset()
-    both(lambda: torch.nn.Sequential(LayerNorm(8), MLP(gelu=NewGELU()), Function()), train)
+    both(lambda: torch.nn.Sequential(LayerNorm(8), MLP(), Function()), train)
     ours, theirs = counts
     assert ours == theirs and ours[0] == 0 and len({*ours[1:]}) == 1, counts
 
@@ -341,7 +338,7 @@ def test_onnx():
 
 def test_torch_func():
     """Per-sample gradients and a jacobian of an accelerated model."""
-    plain = torch.nn.Sequential(torch.nn.LayerNorm(8), MLP(gelu=NewGELU()))
+    plain = torch.nn.Sequential(torch.nn.LayerNorm(8), MLP())
     model, x = nnfast.accelerate(copy.deepcopy(plain)), torch.randn(3, 8)
     results = []
     for m in (model, plain):

@@ -31,36 +31,44 @@ Tensor gelu_cuda(const Tensor& self, c10::string_view approximate) {
   return output;
 }
 
-// grad_pre = grad_out gelu'(pre) and, where wanted, its sum over the rows of `size`. grad_pre may be pre.
-Tensor gelu_grad(
-    const Tensor& grad_pre, const Tensor& grad_out, const Tensor& pre, int64_t size, c10::string_view approximate,
-    bool want_bias) {
-  const Tensor grad = grad_out.contiguous(), x = pre.contiguous();
-  Tensor grad_bias, parts;
-  if (want_bias) grad_bias = at::empty({size}, pre.options());
+// grad_out gelu'(x) and, where `grad_bias` is given, its sum over rows of grad_bias's size.
+Tensor gelu_grad(const Tensor& grad, const Tensor& x, c10::string_view approximate, const Tensor& grad_bias) {
+  const Tensor grad_input = at::empty_like(x);
+  const int64_t size = grad_bias.defined() ? grad_bias.numel() : 1;
   const GeluBackward b{
-      dtype_of(pre),
+      dtype_of(x),
       approximate == "tanh",
-      size ? pre.numel() / size : 0,
+      size ? x.numel() / size : 0,
       size,
       grad.const_data_ptr(),
       x.const_data_ptr(),
-      grad_pre.mutable_data_ptr(),
-      want_bias ? grad_bias.mutable_data_ptr() : nullptr};
-  if (want_bias) parts = at::empty({gelu_parts(b), size}, pre.options().dtype(at::kFloat));
+      grad_input.mutable_data_ptr(),
+      grad_bias.defined() ? grad_bias.mutable_data_ptr() : nullptr};
+  Tensor parts;
+  if (grad_bias.defined()) parts = at::empty({gelu_parts(b), size}, x.options().dtype(at::kFloat));
   C10_CUDA_CHECK(
       cuda::gelu_backward(
-          b, want_bias ? parts.mutable_data_ptr<float>() : nullptr,
-          c10::cuda::getCurrentCUDAStream(pre.device().index())));
-  return grad_bias;
+          b, parts.defined() ? parts.mutable_data_ptr<float>() : nullptr,
+          c10::cuda::getCurrentCUDAStream(x.device().index())));
+  return grad_input;
 }
 
 Tensor gelu_backward_cuda(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
+  check_gelu_backward(grad_output, self);
   const On on(self);
-  Tensor grad_input = at::empty(self.sizes(), self.options());
-  gelu_grad(grad_input, grad_output, self, 1, approximate, false);
-  return grad_input;
+  const Tensor x = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
+  const Tensor grad = grad_output.strides() == x.strides() ? grad_output : at::empty_like(x).copy_(grad_output);
+  return gelu_grad(grad, x, approximate, {});
+}
+
+std::tuple<Tensor, Tensor> gelu_backward_sum_cuda(
+    const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
+  check(covers_gelu(self, approximate) && self.dim() > 0);
+  check_gelu_backward(grad_output, self);
+  const On on(self);
+  const Tensor grad_bias = at::empty({self.size(-1)}, self.options());
+  return {gelu_grad(grad_output.contiguous(), self.contiguous(), approximate, grad_bias), grad_bias};
 }
 
 // What comes here has the dtype it shall have, also where a backward runs inside autocast.
@@ -109,7 +117,8 @@ std::optional<std::tuple<Tensor, Tensor>> fused(
 }
 
 std::tuple<Tensor, Tensor> linear_gelu_cuda(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate,
+    bool /* want_pre: the kernel writes it in any case */) {
   check(covers_linear_gelu(input, weight, bias, approximate));
   const On on(input);
   at::DimVector sizes(input.sizes());
@@ -120,29 +129,13 @@ std::tuple<Tensor, Tensor> linear_gelu_cuda(
   return {gelu_cuda(pre, approximate), pre};
 }
 
-template <bool overwrite>
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_cuda(
-    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
-    std::array<bool, 3> output_mask) {
-  check(covers_linear_gelu(input, weight, std::nullopt, approximate));
-  const On on(input);
-  const int64_t out = weight.size(0), in = weight.size(1);
-  const Tensor grad_pre = overwrite && pre.is_contiguous() ? pre : at::empty(pre.sizes(), pre.options());
-  const Tensor grad_bias = gelu_grad(grad_pre, grad_out, pre, out, approximate, output_mask[2]);
-  const Tensor d = grad_pre.view({-1, out});
-  return {
-      output_mask[0] ? gemm(d, weight.t()).view(input.sizes()) : Tensor(),
-      output_mask[1] ? gemm(d.t(), input.reshape({-1, in}).t()) : Tensor(), grad_bias};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nnfast, CUDA, m) {
   m.impl("gelu", gelu_cuda);
   m.impl("gelu_backward", gelu_backward_cuda);
+  m.impl("gelu_backward_sum", gelu_backward_sum_cuda);
   m.impl("linear_gelu", linear_gelu_cuda);
-  m.impl("linear_gelu_backward", linear_gelu_backward_cuda<false>);
-  m.impl("linear_gelu_backward_", linear_gelu_backward_cuda<true>);
 }
 
 }  // namespace nnfast::cuda

@@ -23,39 +23,20 @@ using torch::autograd::variable_list;
 template <class T>
 struct OpNode : torch::autograd::CppNode<T> {
   std::string name() const override { return T::name; }
-  // The engine says so right before the last backward through this node.
-  void will_release_variables() override { last() = this; }
-
-  static OpNode*& last() {
-    static thread_local OpNode* node = nullptr;
-    return node;
-  }
 };
 
-// The node of ctx if this is the last backward through it, null otherwise. To be asked first of all, on the thread that
-// runs the backward.
+// The node whose backward is running on this thread, if it is a T.
 template <class T>
-OpNode<T>* last_backward(const AutogradContext* ctx) {
-  auto* const node = std::exchange(OpNode<T>::last(), nullptr);
-  return node && &node->ctx_ == ctx ? node : nullptr;
+T* running_node() {
+  const auto node = torch::autograd::get_current_node();
+  return dynamic_cast<T*>(node ? &*node : nullptr);
 }
-
-// What the node saved goes: a saved tensor that was got from it before is then the caller's alone, unless somebody else
-// holds it.
-template <class T>
-void let_go(OpNode<T>& node) {
-  node.ctx_.save_for_backward({});
-  node.save_variables_to_ctx();
-}
-
-inline bool held_by_nobody_else(const at::Tensor& t) { return t.use_count() == 1 && t.storage().use_count() == 1; }
 
 // T has a name, and backward(ctx, grads), which gives one gradient for each of `inputs`, undefined where none is
 // wanted: ctx->needs_input_grad(i) is false for an input that is not there or needs none. grads of unused outputs are
 // undefined.
-template <class T, class... Inputs>
+template <class T, class Node = OpNode<T>, class... Inputs>
 auto make_node(const Inputs&... inputs) {
-  using Node = OpNode<T>;
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
   auto node = [] {
     // torch 2.11 counts the references to a node outside of it.

@@ -1,6 +1,6 @@
 // The extension module nnfast._C_<torch's minor version>: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear_gelu, linear_gelu_pre, cross_entropy: the result, or None where the call is torch's.
+// layer_norm, gelu, linear, linear_gelu, cross_entropy: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -11,6 +11,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "ahead.h"
 #include "gate.h"
 #include "optimizer.h"
 #include "paths.h"
@@ -102,8 +103,28 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// linear_gelu(input, weight, bias, approximate), and linear_gelu_pre with the same arguments: (output, pre).
-template <bool WithPre>
+// linear(input, weight, bias, follower), the last one a Follower or None
+PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4) return wrong_arguments("linear(input, weight, bias, follower)");
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
+  const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
+  const OptTensor bias = optional_tensor(args[2]);
+  if (!open(kLinear, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
+      !covers_linear(input, weight, bias))
+    Py_RETURN_NONE;
+  std::shared_ptr<Follower> follower;
+  if (any_needs_grad(input, weight, bias)) follower = py::cast<std::shared_ptr<Follower>>(py::handle(args[3]));
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = linear_followed(input, weight, bias, follower);
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// linear_gelu(input, weight, bias, approximate)
 PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4) return wrong_arguments("linear_gelu(input, weight, bias, approximate)");
@@ -115,14 +136,12 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!open(kLinearGelu, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
       !covers_linear_gelu(input, weight, bias, approximate))
     Py_RETURN_NONE;
-  Tensor output, pre;
+  Tensor output;
   {
     pybind11::gil_scoped_release no_gil;
-    std::tie(output, pre) = linear_gelu(input, weight, bias, approximate);
+    output = std::get<0>(linear_gelu(input, weight, bias, approximate, /*want_pre=*/false));
   }
-  if constexpr (!WithPre) return THPVariable_Wrap(std::move(output));
-  THPObjectPtr first(THPVariable_Wrap(std::move(output))), second(THPVariable_Wrap(std::move(pre)));
-  return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
+  return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
 }
 
@@ -260,8 +279,8 @@ PyObject* py_set_threshold(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyMethodDef methods[] = {
     FAST("layer_norm", py_layer_norm),
     FAST("gelu", py_gelu),
-    FAST("linear_gelu", py_linear_gelu<false>),
-    FAST("linear_gelu_pre", py_linear_gelu<true>),
+    FAST("linear", py_linear),
+    FAST("linear_gelu", py_linear_gelu),
     FAST("cross_entropy", py_cross_entropy),
     FAST("adamw_", py_adamw_),
     FAST("set_threshold", py_set_threshold),
@@ -287,7 +306,15 @@ PyMODINIT_FUNC NNFAST_INIT() {
     const bool there = handle.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
     on_gpu[op] = in_cpp[op] = there ? Backend::cuda : Backend::torch;
   }
-  PyObject* m = PyModule_Create(&module);
-  if (m) PyModule_AddStringConstant(m, "built_for", TORCH_VERSION);
+  PyObject* const m = PyModule_Create(&module);
+  if (!m) return nullptr;
+  PyModule_AddStringConstant(m, "built_for", TORCH_VERSION);
+  // Made by a module for itself: it learns which GELU reads its output.
+  py::class_<Follower, std::shared_ptr<Follower>>(py::reinterpret_borrow<py::module_>(m), "Follower")
+      .def(py::init<>())
+      .def_property_readonly("gelu", [](const Follower& f) -> std::optional<const char*> {
+        if (f.known() == Follower::none_known) return std::nullopt;
+        return f.known() == Follower::tanh ? "tanh" : "none";
+      });
   return m;
 }

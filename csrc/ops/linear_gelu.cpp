@@ -6,7 +6,8 @@
 #include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
-#include "../gate/autograd.h"
+#include "../gate/ahead.h"
+#include "../gate/paths.h"
 #include "op.h"
 
 namespace nnfast {
@@ -14,18 +15,15 @@ namespace nnfast {
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def("gelu(Tensor self, *, str approximate='none') -> Tensor");
   m.def("gelu_backward(Tensor grad_output, Tensor self, *, str approximate='none') -> Tensor");
-  // gelu(pre) and pre = input weight^T + bias, rounded to its dtype before the GELU as two calls of torch would.
+  // The same, and its sums over all dimensions but the last: where self is a Linear's output, its bias's gradient.
   m.def(
-      "linear_gelu(Tensor input, Tensor weight, Tensor? bias=None, *, str approximate='none')"
+      "gelu_backward_sum(Tensor grad_output, Tensor self, *, str approximate='none')"
+      " -> (Tensor grad_input, Tensor grad_bias)");
+  // gelu(pre) and pre = input weight^T + bias, rounded to its dtype before the GELU as two calls of torch would. Where
+  // pre is not wanted, it may be a tensor without elements.
+  m.def(
+      "linear_gelu(Tensor input, Tensor weight, Tensor? bias=None, *, str approximate='none', bool want_pre=True)"
       " -> (Tensor output, Tensor pre)");
-  // grad_bias is what output_mask[2] asks for, bias or not.
-  m.def(
-      "linear_gelu_backward(Tensor grad_out, Tensor input, Tensor weight, Tensor pre, *, str approximate='none',"
-      " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
-  // The same, and pre may be overwritten: no memory is then taken for its gradient.
-  m.def(
-      "linear_gelu_backward_(Tensor grad_out, Tensor input, Tensor weight, Tensor(a!) pre, *, str approximate='none',"
-      " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
 Tensor gelu(const Tensor& self, c10::string_view approximate) {
@@ -38,29 +36,30 @@ Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_
   return op.call(grad_output, self, approximate);
 }
 
+std::tuple<Tensor, Tensor> gelu_backward_sum(
+    const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
+  static const auto op = find_op<decltype(gelu_backward_sum)>("gelu_backward_sum");
+  return op.call(grad_output, self, approximate);
+}
+
 std::tuple<Tensor, Tensor> linear_gelu(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
   static const auto op = find_op<decltype(linear_gelu)>("linear_gelu");
-  return op.call(input, weight, bias, approximate);
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
-    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
-    std::array<bool, 3> output_mask) {
-  static const auto op = find_op<decltype(linear_gelu_backward)>("linear_gelu_backward");
-  return op.call(grad_out, input, weight, pre, approximate, output_mask);
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
-    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
-    std::array<bool, 3> output_mask) {
-  static const auto op = find_op<decltype(linear_gelu_backward_)>("linear_gelu_backward_");
-  return op.call(grad_out, input, weight, pre, approximate, output_mask);
+  return op.call(input, weight, bias, approximate, want_pre);
 }
 
 bool covers_gelu(const Tensor& input, c10::string_view approximate) {
   if (input.scalar_type() == at::kDouble && !input.is_cpu()) return false;
   return known_dtype(input.scalar_type()) && (approximate == "none" || approximate == "tanh");
+}
+
+void check_gelu_backward(const Tensor& grad_output, const Tensor& self) {
+  TORCH_CHECK(
+      grad_output.sym_sizes() == self.sym_sizes() && grad_output.scalar_type() == self.scalar_type() &&
+          grad_output.device() == self.device(),
+      "gelu_backward: expected grad_output to be of self's shape, dtype and device, ", self.sym_sizes(), ", ",
+      self.scalar_type(), " and ", self.device(), ", but got ", grad_output.sym_sizes(), ", ", grad_output.scalar_type(),
+      " and ", grad_output.device());
 }
 
 bool covers_linear_gelu(
@@ -84,24 +83,23 @@ namespace {
 // ---- shapes, for fake tensors and meta tensors ----
 
 Tensor gelu_meta(const Tensor& self, c10::string_view) { return at::empty_like(self); }
-Tensor gelu_backward_meta(const Tensor&, const Tensor& self, c10::string_view) { return at::empty_like(self); }
-
-std::tuple<Tensor, Tensor> linear_gelu_meta(
-    const Tensor& input, const Tensor& weight, const OptTensor&, c10::string_view) {
-  c10::SymDimVector sizes(input.sym_sizes());
-  sizes.back() = weight.sym_size(0);
-  return {at::empty_symint(sizes, input.options()), at::empty_symint(sizes, input.options())};
+Tensor gelu_backward_meta(const Tensor& grad_output, const Tensor& self, c10::string_view) {
+  check_gelu_backward(grad_output, self);
+  return at::empty_like(self);
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_meta(
-    const Tensor&, const Tensor& input, const Tensor& weight, const Tensor&, c10::string_view,
-    std::array<bool, 3> output_mask) {
-  const auto like = [&](bool wanted, c10::SymIntArrayRef sizes) {
-    return wanted ? at::empty_symint(sizes, input.options()) : Tensor();
-  };
+std::tuple<Tensor, Tensor> gelu_backward_sum_meta(const Tensor& grad_output, const Tensor& self, c10::string_view) {
+  check_gelu_backward(grad_output, self);
   return {
-      like(output_mask[0], input.sym_sizes()), like(output_mask[1], weight.sym_sizes()),
-      like(output_mask[2], weight.sym_sizes().slice(0, 1))};
+      at::empty_symint(self.sym_sizes(), self.options()), at::empty_symint({self.sym_size(-1)}, self.options())};
+}
+
+std::tuple<Tensor, Tensor> linear_gelu_meta(
+    const Tensor& input, const Tensor& weight, const OptTensor&, c10::string_view, bool want_pre) {
+  c10::SymDimVector sizes(input.sym_sizes());
+  sizes.back() = weight.sym_size(0);
+  const Tensor output = at::empty_symint(sizes, input.options());
+  return {output, want_pre ? at::empty_symint(sizes, input.options()) : at::empty({0}, input.options())};
 }
 
 // ---- autograd ----
@@ -114,24 +112,48 @@ struct Gelu {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const NotRecorded guard;
     if (!grads[0].defined()) return {Tensor()};
-    return {nnfast::gelu_backward(grads[0], saved[0], Tanh ? "tanh" : "none")};
+    const auto approximate = Tanh ? "tanh" : "none";
+    const NotRecorded guard;
+    auto* const linear = at::GradMode::is_enabled() ? nullptr : linear_before();
+    if (!linear) return {nnfast::gelu_backward(grads[0], saved[0], approximate)};
+    auto [grad, sums] = gelu_backward_sum(grads[0], saved[0], approximate);
+    linear->leave_sums(grad, sums);
+    return {grad};
+  }
+
+  // The Linear that the gradient goes to, where it wants its sums and nobody stands between.
+  static LinearNode* linear_before() {
+    auto* const node = running_node<OpNode<Gelu>>();
+    auto* const linear = node && node->post_hooks().empty() ? dynamic_cast<LinearNode*>(node->next_edge(0).function.get())
+                                                            : nullptr;
+    return linear && linear->wants_sums() ? linear : nullptr;
   }
 };
 
+// Records `output` as the GELU of self.
+Tensor recorded_gelu(Tensor output, const Tensor& self, bool tanh) {
+  const auto with = [&](const auto& node) { record(node, output, {self}); };
+  tanh ? with(make_node<Gelu<true>>(self)) : with(make_node<Gelu<false>>(self));
+  return output;
+}
+
+Path taken_ahead("gelu.taken_ahead");
+
 Tensor gelu_autograd(const Tensor& self, c10::string_view approximate) {
-  const auto forward = [&] {
+  const bool tanh = approximate == "tanh";
+  Tensor output;
+  if (auto* const linear = linear_of(self)) {
+    const auto gelu = tanh ? Follower::tanh : Follower::erf;
+    output = linear->take_gelu(self, gelu);
+    if (output.defined()) taken_ahead.taken();
+    if (linear->follower()) linear->follower()->read_by(gelu);
+  }
+  if (!output.defined()) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return nnfast::gelu(self, approximate);
-  };
-  if (!any_needs_grad(self)) return forward();
-  const auto recorded = [&](const auto& node) {
-    auto output = forward();
-    record(node, output, {self});
-    return output;
-  };
-  return approximate == "tanh" ? recorded(make_node<Gelu<true>>(self)) : recorded(make_node<Gelu<false>>(self));
+    output = nnfast::gelu(self, approximate);
+  }
+  return any_needs_grad(self) ? recorded_gelu(std::move(output), self, tanh) : output;
 }
 
 // The gradient of the gradient is ATen's, which is differentiable to any order.
@@ -141,95 +163,54 @@ Tensor gelu_backward_autograd(const Tensor& grad_output, const Tensor& self, c10
   return nnfast::gelu_backward(grad_output, self, approximate);
 }
 
-// The gradients of input weight^T + bias for grad, added to out. In ATen, and so differentiable.
-void add_linear_backward(
-    variable_list& out, const Tensor& grad, const Tensor& input, const Tensor& weight, std::array<bool, 3> mask) {
-  const auto add = [](Tensor& to, const Tensor& t) { to = to.defined() ? to + t : t; };
-  const auto rows = grad.reshape_symint({-1, weight.sym_size(0)});
-  if (mask[0]) add(out[0], grad.matmul(weight));
-  if (mask[1]) add(out[1], rows.t().matmul(input.reshape_symint({-1, weight.sym_size(1)})));
-  if (mask[2]) add(out[2], rows.sum(0));
-}
-
-template <bool Tanh>
-struct LinearGelu {
-  static constexpr auto name = "LinearGeluBackward";
-  static constexpr bool is_traceable = false;
-
-  // The second output, pre, has a gradient like any other: through it the second derivative reaches the inputs.
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    auto* const last = last_backward<LinearGelu>(ctx);
-    const auto saved = ctx->get_saved_variables();
-    if (last) let_go(*last);
-    const NotRecorded guard;
-    const auto &input = saved[0], &weight = saved[1], &pre = saved[2];
-    // Torch's own graph frees the pre-activation before the products are taken; here its memory takes its gradient.
-    const bool overwrite = last && !at::GradMode::is_enabled() && !grads[1].defined() && held_by_nobody_else(pre);
-    const auto linear_gelu_backward = overwrite ? nnfast::linear_gelu_backward_ : nnfast::linear_gelu_backward;
-    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-    variable_list out(3);
-    if (grads[0].defined())
-      std::tie(out[0], out[1], out[2]) =
-          linear_gelu_backward(grads[0], input, weight, pre, Tanh ? "tanh" : "none", mask);
-    if (grads[1].defined()) add_linear_backward(out, grads[1], input, weight, mask);
-    return out;
+std::tuple<Tensor, Tensor> gelu_backward_sum_autograd(
+    const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
+  if (any_needs_grad(grad_output, self)) {
+    const Tensor grad = at::gelu_backward(grad_output, self, approximate);
+    return {grad, grad.reshape_symint({-1, grad.sym_size(-1)}).sum(0)};
   }
-};
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return gelu_backward_sum(grad_output, self, approximate);
+}
 
 std::tuple<Tensor, Tensor> linear_gelu_autograd(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
-  const auto forward = [&] {
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
+  const bool recorded = any_needs_grad(input, weight, bias);
+  auto [output, pre] = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_gelu(input, weight, bias, approximate);
-  };
-  if (!any_needs_grad(input, weight, bias)) return forward();
-  const auto recorded = [&](const auto& node) {
-    auto out = forward();
-    record(node, {std::get<0>(out), std::get<1>(out)}, {input, weight, std::get<1>(out)});
-    return out;
-  };
-  return approximate == "tanh" ? recorded(make_node<LinearGelu<true>>(input, weight, bias))
-                               : recorded(make_node<LinearGelu<false>>(input, weight, bias));
-}
-
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_autograd(
-    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
-    std::array<bool, 3> output_mask) {
-  if (!any_needs_grad(grad_out, input, weight, pre)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_gelu_backward(grad_out, input, weight, pre, approximate, output_mask);
+    return linear_gelu(input, weight, bias, approximate, want_pre || recorded);
+  }();
+  if (recorded) {
+    record_linear(pre, input, weight, bias);
+    output = recorded_gelu(std::move(output), pre, approximate == "tanh");
   }
-  variable_list out(3);
-  add_linear_backward(out, at::gelu_backward(grad_out, pre, approximate), input, weight, output_mask);
-  return {out[0], out[1], out[2]};
+  return {output, pre};
 }
 
 // ---- autocast: the lower precision, as torch lists linear; gelu is not listed ----
 
 template <c10::DeviceType device, c10::DispatchKey key>
 std::tuple<Tensor, Tensor> linear_gelu_autocast(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
   c10::impl::ExcludeDispatchKeyGuard guard(key);
   const auto type = at::autocast::get_lower_precision_fp_from_device_type(device);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, device); };
-  return linear_gelu(cast(input), cast(weight), cast(bias), approximate);
+  return linear_gelu(cast(input), cast(weight), cast(bias), approximate, want_pre);
 }
 
 }  // namespace
 
-// Where a backend has no way to overwrite pre.
-TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) { m.impl("linear_gelu_backward_", linear_gelu_backward); }
 TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
   m.impl("gelu", gelu_meta);
   m.impl("gelu_backward", gelu_backward_meta);
+  m.impl("gelu_backward_sum", gelu_backward_sum_meta);
   m.impl("linear_gelu", linear_gelu_meta);
-  m.impl("linear_gelu_backward", linear_gelu_backward_meta);
 }
 TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("gelu", gelu_autograd);
   m.impl("gelu_backward", gelu_backward_autograd);
+  m.impl("gelu_backward_sum", gelu_backward_sum_autograd);
   m.impl("linear_gelu", linear_gelu_autograd);
-  m.impl("linear_gelu_backward", linear_gelu_backward_autograd);
 }
 TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) {
   m.impl("linear_gelu", linear_gelu_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);

@@ -57,6 +57,12 @@ std::pair<int64_t, int64_t> check_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     bool kernels = true);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
+// torch's kind of error where grad_output is not what gelu(self) gives.
+void check_gelu_backward(const Tensor& grad_output, const Tensor& self);
+bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
+// torch's kind of error where what the op would read does not fit together.
+void check_linear_backward(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
 bool covers_cross_entropy(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
@@ -80,14 +86,14 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask);
 Tensor gelu(const Tensor& self, c10::string_view approximate);
 Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
+Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
+std::tuple<Tensor, Tensor, Tensor> linear_backward(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask);
+std::tuple<Tensor, Tensor> gelu_backward_sum(
+    const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
 std::tuple<Tensor, Tensor> linear_gelu(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
-    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
-    std::array<bool, 3> output_mask);
-std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
-    const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
-    std::array<bool, 3> output_mask);
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate,
+    bool want_pre = true);
 std::tuple<Tensor, Tensor> cross_entropy(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::optional<at::ScalarType> dtype = std::nullopt);

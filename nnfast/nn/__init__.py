@@ -7,9 +7,9 @@ import nnfast.nn.functional as functional  # noqa: F401  (by its full name: a ba
 from nnfast import _alias
 from nnfast.nn.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from nnfast.nn.layer_norm import LayerNorm as LayerNorm
+from nnfast.nn.linear import Linear as Linear
 from nnfast.nn.linear_gelu import GELU as GELU
 from nnfast.nn.linear_gelu import LinearGELU as LinearGELU
-from nnfast.nn.sequential import Sequential as Sequential
 from nnfast.nn.transformer import TransformerEncoderLayer as TransformerEncoderLayer
 
 _alias.install()

@@ -1,0 +1,66 @@
+// Linear on a CPU: which products it takes, and the sum for its bias.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include "../gate/paths.h"
+#include "../ops/op.h"
+#include "cpu.h"
+#include "product.h"
+
+namespace nnfast {
+namespace {
+
+Path served("linear"), backward_served("linear_backward");
+
+Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      cpu_kernels() && covers_linear(input, weight, bias),
+      "nnfast::linear does not cover this call; nnfast.nn.functional.linear hands it to torch");
+  served.taken();
+  if (input.dim() == 2) return product(input, weight, bias);
+  at::DimVector sizes(input.sizes());
+  sizes.back() = weight.size(0);
+  return product(input.reshape({-1, weight.size(1)}), weight, bias).view(sizes);
+}
+
+Tensor sum_over_rows(const Tensor& rows) {
+  const int64_t count = rows.size(0), size = rows.size(1), threads = row_threads(count, size);
+  const Rows from = rows_of(rows, size, 1);
+  RowSums sums(true, threads, size, rows);
+  for_each_block(count, size, threads, [&](int64_t thread, int64_t begin, int64_t end) {
+    cpu_kernels()->sum_rows(
+        cpu_dtype(rows), from.tensor.const_data_ptr(), from.stride, size, sums.of(thread), begin, end);
+    sums.end_block(thread);
+  });
+  return sums.total({size}, rows.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
+  check_linear_backward(grad_out, input, weight, output_mask);
+  TORCH_CHECK_NOT_IMPLEMENTED(cpu_kernels(), "nnfast::linear_backward has no kernels for this CPU");
+  backward_served.taken();
+  const Tensor grad = grad_out.reshape({-1, grad_out.size(-1)});
+  Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) {
+    at::DimVector sizes(grad_out.sizes());
+    sizes.back() = weight->size(1);
+    grad_input = product(grad, weight->t()).view(sizes);
+  }
+  if (output_mask[1]) {
+    const Tensor x = input->reshape({-1, input->size(-1)});
+    const bool by_columns = defined(weight) && weight->is_non_overlapping_and_dense() && !weight->is_contiguous();
+    grad_weight = by_columns ? product_tn(x, grad).t() : product_tn(grad, x);
+  }
+  if (output_mask[2]) grad_bias = sum_over_rows(grad);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
+  m.impl("linear", linear_cpu);
+  m.impl("linear_backward", linear_backward_cpu);
+}
+
+}  // namespace nnfast

@@ -1,0 +1,34 @@
+// The elementwise part of Linear, its bias gradient; a library's GEMM does the rest.
+#pragma once
+
+#include "simd.h"
+
+namespace nnfast::NNFAST_ISA {
+
+// sums[i] += the sum of rows[r][i]. Four rows at a time, so that the sums are loaded and stored a fourth as often.
+template <class T>
+void sum_rows_kernel(const void* rows, int64_t stride, int64_t size, void* sums, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  A* const sum = (A*)sums;
+  int64_t row = begin;
+  for (; row + 4 <= end; row += 4) {
+    const T *a = (const T*)rows + row * stride, *b = a + stride, *c = b + stride, *d = c + stride;
+    sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+      const auto four = (load(a + i, part) + load(b + i, part)) + (load(c + i, part) + load(d + i, part));
+      store(sum + i, load(sum + i, part) + four, part);
+    });
+  }
+  for (; row < end; ++row) {
+    const T* a = (const T*)rows + row * stride;
+    sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+      store(sum + i, load(sum + i, part) + load(a + i, part), part);
+    });
+  }
+}
+
+NNFAST_INLINE void sum_rows(
+    DType dtype, const void* rows, int64_t stride, int64_t size, void* sums, int64_t begin, int64_t end) {
+  visit(dtype, [&](auto t) { sum_rows_kernel<decltype(t)>(rows, stride, size, sums, begin, end); });
+}
+
+}  // namespace nnfast::NNFAST_ISA

@@ -1,0 +1,231 @@
+// The contract of Linear: schema, which calls are covered, shapes, autograd, autocast.
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include "../gate/ahead.h"
+#include "../gate/paths.h"
+#include "op.h"
+
+namespace nnfast {
+
+TORCH_LIBRARY_FRAGMENT(nnfast, m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
+  // input is read for grad_weight alone, and weight for grad_input. grad_bias is what output_mask[2] asks for, bias or
+  // not. grad_weight lies in memory as weight does, by rows or by columns.
+  m.def(
+      "linear_backward(Tensor grad_out, Tensor? input, Tensor? weight, bool[3] output_mask)"
+      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+}
+
+Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  static const auto op = find_op<decltype(linear)>("linear");
+  return op.call(input, weight, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
+  static const auto op = find_op<decltype(linear_backward)>("linear_backward");
+  return op.call(grad_out, input, weight, output_mask);
+}
+
+namespace {
+bool known_dtype(at::ScalarType t) {
+  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+}  // namespace
+
+bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  if (!known_dtype(input.scalar_type()) || weight.dim() != 2 || input.dim() < 1) return false;
+  if (input.size(-1) != weight.size(1) || weight.device() != input.device()) return false;
+  // Without features there is no telling rows from a number of elements.
+  if (weight.numel() == 0) return false;
+  if (defined(bias) && (bias->dim() != 1 || bias->size(0) != weight.size(0) || bias->device() != input.device()))
+    return false;
+  // One dtype, or any that autocast will bring to one: it leaves float64 alone.
+  const auto same = [&](const Tensor& t) { return t.scalar_type() == input.scalar_type(); };
+  if (same(weight) && (!defined(bias) || same(*bias))) return true;
+  const auto cast = [&](const Tensor& t) { return known_dtype(t.scalar_type()) && t.scalar_type() != at::kDouble; };
+  return at::autocast::is_autocast_enabled(input.device().type()) && cast(input) && cast(weight) &&
+         (!defined(bias) || cast(*bias));
+}
+
+void check_linear_backward(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
+  const auto fits = [&](const Tensor& t) {
+    return t.scalar_type() == grad_out.scalar_type() && t.device() == grad_out.device();
+  };
+  const bool weight_fits = defined(weight) && weight->dim() == 2 && fits(*weight) && grad_out.dim() >= 1 &&
+                           weight->sym_size(0) == grad_out.sym_size(-1);
+  const bool input_fits =
+      defined(input) && input->dim() >= 1 && fits(*input) && input->dim() == grad_out.dim() &&
+      input->sym_sizes().slice(0, input->dim() - 1) == grad_out.sym_sizes().slice(0, grad_out.dim() - 1);
+  TORCH_CHECK(
+      known_dtype(grad_out.scalar_type()) && grad_out.dim() >= 1 && grad_out.sym_size(-1) > 0 &&
+          (!output_mask[0] || weight_fits) && (!output_mask[1] || input_fits),
+      "nnfast::linear_backward: the shapes, dtypes and devices of grad_out, input and weight must be those of a Linear's");
+}
+
+namespace {
+
+// Whether the weight lies by columns, and its gradient shall.
+bool by_columns(const OptTensor& weight) {
+  return defined(weight) && weight->is_non_overlapping_and_dense() && !weight->is_contiguous();
+}
+
+// ---- shapes, for fake tensors and meta tensors ----
+
+Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptTensor&) {
+  c10::SymDimVector sizes(input.sym_sizes());
+  sizes.back() = weight.sym_size(0);
+  return at::empty_symint(sizes, input.options());
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
+  check_linear_backward(grad_out, input, weight, output_mask);
+  const auto options = grad_out.options();
+  const c10::SymInt out = grad_out.sym_size(-1);
+  Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) {
+    c10::SymDimVector sizes(grad_out.sym_sizes());
+    sizes.back() = weight->sym_size(1);
+    grad_input = at::empty_symint(sizes, options);
+  }
+  if (output_mask[1]) {
+    const c10::SymInt in = input->sym_size(-1);
+    grad_weight = by_columns(weight) ? at::empty_symint({in, out}, options).t() : at::empty_symint({out, in}, options);
+  }
+  if (output_mask[2]) grad_bias = at::empty_symint({out}, options);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// ---- in ATen: on every other device, and where the gradient is itself differentiated, to any order ----
+
+Tensor linear_aten(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  return at::linear(input, weight, bias);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_aten(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
+  check_linear_backward(grad_out, input, weight, output_mask);
+  const auto rows = grad_out.reshape_symint({-1, grad_out.sym_size(-1)});
+  Tensor grad_input, grad_weight, grad_bias;
+  if (output_mask[0]) grad_input = grad_out.matmul(*weight);
+  if (output_mask[1]) {
+    const Tensor x = input->reshape_symint({-1, input->sym_size(-1)});
+    grad_weight = by_columns(weight) ? x.t().matmul(rows).t() : rows.t().matmul(x);
+  }
+  if (output_mask[2]) grad_bias = rows.sum(0);
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// ---- autograd ----
+
+Path sums_found("linear_backward.sums_found"), with_gelu("linear.with_gelu");
+
+Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  const Tensor output = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return nnfast::linear(input, weight, bias);
+  }();
+  if (any_needs_grad(input, weight, bias)) record_linear(output, input, weight, bias);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_autograd(
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
+  if (any_needs_grad(grad_out, input, weight)) return linear_backward_aten(grad_out, input, weight, output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return nnfast::linear_backward(grad_out, input, weight, output_mask);
+}
+
+// ---- autocast: the lower precision, as torch lists linear ----
+
+template <c10::DeviceType device, c10::DispatchKey key>
+Tensor linear_autocast(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  c10::impl::ExcludeDispatchKeyGuard guard(key);
+  const auto type = at::autocast::get_lower_precision_fp_from_device_type(device);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, device); };
+  return nnfast::linear(cast(input), cast(weight), cast(bias));
+}
+
+}  // namespace
+
+variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads) {
+  std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+  const auto saved = ctx->get_saved_variables();
+  const NotRecorded guard;
+  if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
+  Tensor sums;
+  if (auto* const node = running_node<LinearNode>(); node && mask[2] && !at::GradMode::is_enabled())
+    sums = node->take_sums(grads[0]);
+  if (sums.defined()) {
+    sums_found.taken();
+    mask[2] = false;
+  }
+  auto [grad_input, grad_weight, grad_bias] = nnfast::linear_backward(grads[0], saved[0], saved[1], mask);
+  return {grad_input, grad_weight, sums.defined() ? sums : grad_bias};
+}
+
+void record_linear(const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  // Each is kept for the other's gradient alone.
+  record(
+      make_node<Linear, LinearNode>(input, weight, bias), output,
+      {needs_grad(weight) ? input : Tensor(), needs_grad(input) ? weight : Tensor()});
+}
+
+Tensor linear_followed(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, const std::shared_ptr<Follower>& follower) {
+  const auto device = input.device().type();
+  const auto gelu = follower && input.is_cpu() && any_needs_grad(input, weight, bias) ? follower->guess()
+                                                                                       : Follower::none_known;
+  if (gelu == Follower::none_known) {
+    Tensor output = nnfast::linear(input, weight, bias);
+    auto* const node = follower ? linear_of(output) : nullptr;
+    if (node) node->follow(follower);
+    return output;
+  }
+  with_gelu.taken();
+  // As the dispatcher would: autocast first, then autograd.
+  const bool autocast = at::autocast::is_autocast_enabled(device);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const auto cast = [&](const auto& t) {
+    return autocast ? at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device) : t;
+  };
+  const auto x = cast(input), w = cast(weight);
+  const auto b = cast(bias);
+  Tensor output, pre;
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    std::tie(output, pre) = linear_gelu(x, w, b, gelu == Follower::tanh ? "tanh" : "none");
+  }
+  record_linear(pre, x, w, b);
+  auto* const node = linear_of(pre);
+  node->follow(follower);
+  node->leave_gelu(pre, std::move(output), gelu);
+  return pre;
+}
+
+TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) {
+  m.impl("linear", linear_aten);
+  m.impl("linear_backward", linear_backward_aten);
+}
+TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
+  m.impl("linear", linear_meta);
+  m.impl("linear_backward", linear_backward_meta);
+}
+TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
+  m.impl("linear", linear_autograd);
+  m.impl("linear_backward", linear_backward_autograd);
+}
+TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) {
+  m.impl("linear", linear_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+}
+TORCH_LIBRARY_IMPL(nnfast, AutocastCUDA, m) {
+  m.impl("linear", linear_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+}
+
+}  // namespace nnfast

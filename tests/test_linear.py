@@ -1,0 +1,311 @@
+"""Linear. N1 and N2 are the rows of the contract (tests/README.md)."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from common import DTYPES, HALF, assert_close, double, layouts, served, thresholds
+from torch.utils.checkpoint import checkpoint
+
+import nnfast
+import nnfast.nn as nn
+import nnfast.nn.functional as F
+
+# (input's shape, out_features): 1-D to 4-D, one feature, one row, sizes over and under a register.
+SHAPES = [((5,), 3), ((1, 1), 1), ((4, 7), 9), ((2, 3, 17), 33), ((2, 1, 3, 8), 15), ((64, 65), 130), ((300, 100), 200)]
+
+# Where products go by their sizes: to the library for large ones, or to torch.
+EVERY_PRODUCT = {"product__one_dnn_multiply_adds": 0}
+
+
+def sample_inputs(dtype, requires_grad=True, shapes=SHAPES):
+    """(input, weight, bias) over the shapes, with and without bias."""
+    for (shape, out), has_bias in itertools.product(shapes, (True, False)):
+
+        def make(*size):
+            return torch.randn(size, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+        yield make(*shape), make(out, shape[-1]), make(out) if has_bias else None
+
+
+def run(function, args, grad_out):
+    output = function(*args)
+    leaves = [t for t in args if t is not None and t.requires_grad]
+    return [output, *torch.autograd.grad(output, leaves, grad_out)]
+
+
+def compare(args, grad_out, what):
+    """Ours, served by ours, beside torch's and float64."""
+    with served("linear", "linear_backward"):
+        ours = run(F.linear, args, grad_out)
+    torchs = run(TF.linear, args, grad_out)
+    exact = run(TF.linear, [double(t) for t in args], grad_out.double())
+    for name, a, b, true in zip(("output", "input", "weight", "bias"), ours, torchs, exact, strict=False):
+        assert_close(a, b, true, f"{what}: {name}")
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("numbers", [{}, EVERY_PRODUCT], ids=["", "one_dnn"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(dtype, numbers):
+    """N1: against float64, over shapes and dtypes."""
+    with thresholds(**numbers):
+        for args in sample_inputs(dtype):
+            grad_out = torch.randn(*args[0].shape[:-1], len(args[1])).to(dtype)
+            compare(args, grad_out, f"{tuple(args[0].shape)} -> {len(args[1])}")
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("numbers", [{}, EVERY_PRODUCT], ids=["", "one_dnn"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(dtype, numbers):
+    """N1: strides, zero strides and offsets of every argument: each in each layout beside dense ones, and all alike."""
+    for features in (37, 1):
+        tensors = (torch.randn(2, 3, features), torch.randn(9, features), torch.randn(1, 9), torch.randn(2, 3, 9))
+        dense, *others = zip(*(layouts(t.to(dtype)).values() for t in tensors), strict=True)
+        for x, w, b, grad_out in [dense, *others] + [
+            (*dense[:i], o[i], *dense[i + 1 :]) for o in others for i in range(4)
+        ]:
+            leaves = [t.detach().requires_grad_() for t in (x, w, b[0])]
+            with thresholds(**numbers):
+                compare(leaves, grad_out, str([t.stride() for t in (*leaves, grad_out)]))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_the_weights_gradient_lies_as_the_weight_does():
+    """A weight by columns, such as Conv1D's, gets its gradient by columns: nobody need copy it."""
+    x, w = torch.randn(6, 10), torch.randn(10, 7, requires_grad=True)
+    for weight, strides in ((w.t(), (1, 7)), (w.t().contiguous(), (10, 1))):
+        ours = torch.ops.nnfast.linear_backward(torch.randn(6, 7), x, weight, (True, True, True))[1]
+        assert ours.stride() == strides
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_gradcheck():
+    x, w, b = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((2, 3, 4), (5, 4), (5,)))
+    for args in ((x, w, b), (x, w, None), (x.detach(), w, b), (x, w.detach(), None)):
+        assert torch.autograd.gradcheck(F.linear, args) and torch.autograd.gradgradcheck(F.linear, args)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_only_what_is_wanted():
+    """N2, G6: every combination of frozen input, weight and bias: gradients, and what is kept for them."""
+    for mask in itertools.product((True, False), repeat=3):
+        if not any(mask):
+            continue
+        tensors = [torch.randn(3, 10), torch.randn(7, 10), torch.randn(7)]
+        for t, wanted in zip(tensors, mask, strict=True):
+            t.requires_grad_(wanted)
+        compare(tensors, torch.randn(3, 7), str(mask))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            output = F.linear(*tensors)
+        assert {t.data_ptr() for t in saved} == {
+            t.data_ptr() for t, other in ((tensors[0], mask[1]), (tensors[1], mask[0])) if other
+        }
+        output.sum().backward()
+        assert [t.grad is not None for t in tensors] == list(mask)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_saved_tensors_are_guarded_and_gradients_left_alone():
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((6, 10), (7, 10), (7,)))
+    expected = torch.autograd.grad(TF.linear(x, w, b), (x, w, b), torch.ones(6, 7))
+    y, grad = F.linear(x, w, b), torch.ones(6, 7)
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(y, (x, w, b), grad, retain_graph=True), expected)
+    assert grad.eq(1).all() and grad._version == 0
+    for changed in (x, w):
+        y = F.linear(x, w, b)
+        with torch.no_grad():
+            changed.mul_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    F.linear(x, w, b).mul_(2).sum().backward()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty(dtype):
+    """N1: no rows are ours, no features torch's."""
+    for shape, out in (((0, 5), 3), ((2, 0, 5), 3)):
+        x, w, b = (torch.ones(s, dtype=dtype, requires_grad=True) for s in (shape, (out, 5), (out,)))
+        with served("linear", "linear_backward"):
+            output = F.linear(x, w, b)
+            output.sum().backward()
+        assert output.shape == (*shape[:-1], 3) and x.grad.shape == shape
+        assert w.grad.eq(0).all() and b.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("features, out", [(0, 3), (5, 0), (0, 0)])
+def test_no_features(features, out):
+    args = [torch.ones(s, requires_grad=True) for s in ((2, features), (out, features), (out,))]
+    ours, torchs = F.linear(*args), TF.linear(*args)
+    torch.testing.assert_close(ours, torchs)
+    ours.sum().backward()
+    assert all(t.grad.shape == t.shape for t in args)
+
+
+def test_errors_are_torchs():
+    """N1: type and text."""
+    x, w, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    for args in (
+        (x, torch.randn(5, 3), b),
+        (x, w, torch.randn(4)),
+        (x, w.double(), b),
+        (x.long(), w, b),
+        (torch.randn(()), w, b),
+        (x, None, b),
+        (x, torch.randn(2, 5, 4), b),
+        (x, torch.randn(4), torch.randn(())),
+        (x, w, 3),
+        ("x", w, b),
+    ):
+        with pytest.raises(Exception) as ours:
+            F.linear(*args)
+        with pytest.raises(Exception) as theirs:
+            TF.linear(*args)
+        assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
+    for args in ((x, torch.randn(4)), (x, w, torch.randn(1))):
+        torch.testing.assert_close(F.linear(*args), TF.linear(*args))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_what_the_backward_reads_is_checked():
+    """An op that anybody can call reads nothing that is not there."""
+    grad, x, w = torch.randn(6, 5), torch.randn(6, 4), torch.randn(5, 4)
+    every = (True, True, True)
+    torch.ops.nnfast.linear_backward(grad, x, w, every)
+    for args in (
+        (grad[:1], x, w, every),
+        (grad[:, :3], x, w, every),
+        (grad.double(), x, w, every),
+        (grad, x[:1], w, every),
+        (grad, x, w[:3], every),
+        (grad, x.bfloat16(), w, every),
+        (grad, x, w.double(), every),
+        (grad, None, w, every),
+        (grad, x, None, every),
+        (grad[0], x, w, every),
+        (grad.long(), x.long(), w.long(), every),
+        (torch.tensor(1.0), None, None, (False, False, True)),
+    ):
+        with pytest.raises(RuntimeError, match="nnfast::linear_backward"):
+            torch.ops.nnfast.linear_backward(*args)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast(dtype):
+    """N1: the output has autocast's dtype, the gradients the parameters'; a weight is cast once."""
+    ours, theirs = nn.Linear(20, 30), torch.nn.Linear(20, 30)
+    theirs.load_state_dict(ours.state_dict())
+    for input_dtype in (torch.float32, dtype):
+        x, grads = torch.randn(8, 20).to(input_dtype), []
+        for model in (ours, theirs):
+            model.zero_grad()
+            leaf = x.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=dtype):
+                output = model(leaf)
+                assert output.dtype == dtype
+                output.float().square().sum().backward()
+            grads.append([output, leaf.grad, *(p.grad for p in model.parameters())])
+        for a, b in zip(*grads, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    with torch.autocast("cpu", dtype=dtype), served("linear"):
+        x = torch.randn(3, 20, dtype=torch.float64)
+        with pytest.raises(RuntimeError):
+            TF.linear(x, ours.weight)
+        with pytest.raises(RuntimeError), nnfast.use_backend("torch"):
+            F.linear(x, ours.weight)
+        ours(torch.randn(3, 20))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_precision_of_float32_products(precision):
+    """N1: where the user lets them be less precise, torch decides how, and the result is torch's to the bit."""
+    x, w = torch.randn(256, 256), torch.randn(256, 256)
+    exact, before = TF.linear(x.double(), w.double()), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with thresholds(**EVERY_PRODUCT), served("product.one_dnn" if precision == "highest" else "product.torch"):
+            ours = F.linear(x, w)
+        if precision == "medium":
+            assert torch.equal(ours, TF.linear(x, w))
+        else:
+            assert_close(ours, TF.linear(x, w), exact)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_repeats_to_the_bit():
+    """N1: the same library for the same call every time."""
+    x, w, b = (torch.randn(*s, requires_grad=True) for s in ((300, 256), (130, 256), (130,)))
+    first = run(F.linear, (x, w, b), torch.ones(300, 130))
+    for _ in range(3):
+        assert all(map(torch.equal, run(F.linear, (x, w, b), torch.ones(300, 130)), first))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_the_switch_of_one_dnn():
+    """N1: `torch.backends.mkldnn.enabled = False` is heeded."""
+    x, w = torch.randn(64, 64), torch.randn(64, 64)
+    with thresholds(**EVERY_PRODUCT), torch.backends.mkldnn.flags(enabled=False), served("linear", "product.torch"):
+        assert torch.equal(F.linear(x, w), TF.linear(x, w))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_modes_tied_weights_and_checkpointing():
+    """N2, G6: no_grad, inference_mode; one weight used twice; recomputation under checkpointing."""
+    ours, theirs = (lib.Sequential(lib.Linear(9, 9), lib.ReLU(), lib.Linear(9, 9)) for lib in (nn, torch.nn))
+    theirs.load_state_dict(ours.state_dict())
+    for model in (ours, theirs):
+        model[2].weight = model[0].weight
+    x = torch.randn(5, 9)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), served("linear"):
+            output = ours(x)
+            torch.testing.assert_close(output, theirs(x))
+            assert not output.requires_grad and output.is_inference() == (mode is torch.inference_mode)
+    for reentrant in (None, True, False):
+        grads = []
+        for model in (ours, theirs):
+            model.zero_grad()
+            leaf = x.clone().requires_grad_()
+            output = model(leaf) if reentrant is None else checkpoint(model, leaf, use_reentrant=reentrant)
+            output.square().sum().backward()
+            grads.append([leaf.grad, *(p.grad for p in model.parameters())])
+        torch.testing.assert_close(*grads)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_opcheck():
+    for requires_grad in (True, False):
+        shapes = [((5,), 3), ((4, 7), 9), ((2, 3, 4), 5), ((0, 4), 5)]
+        for x, w, b in sample_inputs(torch.float32, requires_grad, shapes):
+            torch.library.opcheck(torch.ops.nnfast.linear.default, (x, w, b))
+    g, x, w = torch.randn(6, 5), torch.randn(6, 4), torch.randn(5, 4)
+    by_columns = torch.randn(4, 5).t()
+    for mask in itertools.product((True, False), repeat=3):
+        for args in ((g, x, w), (g, x, by_columns), (g.t().contiguous().t(), x, w)):
+            torch.library.opcheck(torch.ops.nnfast.linear_backward.default, (*args, mask))
+    torch.library.opcheck(torch.ops.nnfast.linear_backward.default, (g, None, None, (False, False, True)))
+
+
+def test_module():
+    """N1: Linear's signature, RNG order, keys and repr."""
+    for kwargs in ({}, {"bias": False}, {"dtype": torch.float64}):
+        torch.manual_seed(3)
+        ours = nn.Linear(6, 4, **kwargs)
+        torch.manual_seed(3)
+        theirs = torch.nn.Linear(6, 4, **kwargs)
+        assert isinstance(ours, torch.nn.Linear) and repr(ours) == repr(theirs)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+        ours.load_state_dict(theirs.state_dict(), strict=True)
+        x = torch.randn(5, 6, dtype=kwargs.get("dtype", torch.float32))
+        torch.testing.assert_close(ours(x), theirs(x))
