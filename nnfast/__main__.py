@@ -38,6 +38,9 @@ def main() -> int:
     print(f"GPU     {gpu}")
     print(f"Triton  {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
     print(f"native  {'loaded' if backend.native else backend.why_not}")
+    if backend.native:
+        live, kept = (size >> 20 for size in backend.native.memory())
+        print(f"memory  {live} MB in use by large outputs, {kept} MB kept for the next until nnfast.empty_cache()")
     print()
     print_table([("op", "device", "served by", "because"), *rows()])
     return 0

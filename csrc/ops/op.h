@@ -52,6 +52,10 @@ bool covers_layer_norm(
 std::pair<int64_t, int64_t> check_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     bool kernels = true);
+// What a backward reads beside its inputs comes from anyone who calls the op: torch's kind of error where it does not
+// fit them.
+void check_layer_norm_backward(
+    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
 // One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come
