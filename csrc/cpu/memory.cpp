@@ -14,6 +14,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <utility>
 
 #include "../gate/paths.h"
 
@@ -27,19 +28,19 @@ namespace {
 
 std::atomic<int64_t> until_failure{-1};
 
-// torch's own error, where this allocation is to fail: more is asked for than there can be.
-void fail_if_due() {
-  if (until_failure >= 0 && until_failure-- == 0) c10::GetDefaultCPUAllocator()->allocate(size_t(1) << 60);
+// Torch's allocator, as it was before ours went before it.
+c10::Allocator& torchs() {
+  static auto* const before = c10::GetCPUAllocator();
+  return *before;
 }
 
-class Failing final : public c10::Allocator {
- public:
-  c10::DataPtr allocate(size_t bytes) override {
-    fail_if_due();
-    return c10::GetDefaultCPUAllocator()->allocate(bytes);
-  }
-  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
-};
+// Ours from now on, for ForTorch and for where torch's has no more.
+void go_before_torchs();
+
+// torch's own error, where this allocation is to fail: more is asked for than there can be.
+void fail_if_due() {
+  if (until_failure >= 0 && until_failure-- == 0) torchs().allocate(size_t(1) << 60);
+}
 
 #ifdef __linux__
 
@@ -230,15 +231,26 @@ void release(void* context) {
   Pool::pool().give((char*)block->data, block->size);
 }
 
+// From torch's allocator, which has the error too. What is kept makes nobody fail.
+c10::DataPtr torchs_or_kept(size_t bytes) {
+  try {
+    return torchs().allocate(bytes);
+  } catch (const c10::Error&) {
+    if (Pool::pool().use().kept == 0) throw;
+  }
+  Pool::pool().empty();
+  return torchs().allocate(bytes);
+}
+
 class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    const auto torchs = [&] { return c10::GetCPUAllocator()->allocate(bytes); };
-    if ((int64_t)bytes < large) return torchs();
     fail_if_due();
+    if ((int64_t)bytes < large) return torchs_or_kept(bytes);
+    go_before_torchs();
     auto block = std::make_unique<Block>(Block{nullptr, (bytes + kPage - 1) / kPage * kPage});
     block->data = Pool::pool().take(block->size);
-    if (!block->data) return torchs();  // which has the error, too
+    if (!block->data) return torchs_or_kept(bytes);
     c10::reportMemoryUsageToProfiler(block->data, (int64_t)block->size, 0, 0, at::kCPU);
     void* const data = block->data;
     return {data, block.release(), &release, at::Device(at::kCPU)};
@@ -252,9 +264,44 @@ Allocator& allocator() {
   return *instance;
 }
 
+#else
+
+c10::Allocator& allocator() { return torchs(); }
+c10::DataPtr torchs_or_kept(size_t bytes) { return torchs().allocate(bytes); }
+
 #endif
 
+thread_local size_t awaited = 0;
+
+// What torch allocates by from go_before_torchs() on.
+class BeforeTorchs final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes && bytes == awaited) return awaited = 0, allocator().allocate(bytes);
+    fail_if_due();
+    return torchs_or_kept(bytes);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return torchs().raw_deleter(); }
+  void copy_data(void* to, const void* from, size_t bytes) const override { torchs().copy_data(to, from, bytes); }
+
+};
+
+void go_before_torchs() {
+  static const bool once = [] {
+    torchs();
+    c10::SetCPUAllocator(new BeforeTorchs);
+    return true;
+  }();
+  (void)once;
+}
+
 }  // namespace
+
+ForTorch::ForTorch(size_t bytes) {
+  go_before_torchs();
+  before_ = std::exchange(awaited, bytes);
+}
+ForTorch::~ForTorch() { awaited = before_; }
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   // Where torch is told to fill new memory, so that a read of it shows.
@@ -279,9 +326,7 @@ void empty_cache() {}
 #endif
 
 int64_t fail_allocation(int64_t n) {
-  static auto* const failing = new Failing;
-  c10::Allocator* const allocator = n < 0 ? c10::GetDefaultCPUAllocator() : failing;
-  c10::SetCPUAllocator(allocator, 1);
+  go_before_torchs();
   return until_failure.exchange(n);
 }
 

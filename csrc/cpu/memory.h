@@ -4,8 +4,8 @@
 // is mapped afresh, and touching it costs a page fault for every 4 KB, several times what the kernel itself takes. So
 // blocks from some MB on come from here, and freed ones are kept for the next call. What is kept is memory that the
 // process has needed: kept and live blocks together never take more than live ones did. What was not needed for some
-// seconds goes back to the system at the next call, and all of it when asked. The rest of the process keeps the
-// allocator it had.
+// seconds goes back to the system at the next call, and all of it when asked or when somebody would find no memory. The
+// rest of the process keeps the allocator it had.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,6 +14,18 @@ namespace nnfast {
 
 // As at::empty; small blocks are at::empty's.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
+
+// While one lives, the first memory of just so many bytes that torch takes on this thread comes as empty()'s does: the
+// output of its product. (What oneDNN takes for itself afterwards has to be torch's.)
+class ForTorch {
+ public:
+  explicit ForTorch(size_t bytes);
+  ~ForTorch();
+  ForTorch(const ForTorch&) = delete;
+
+ private:
+  size_t before_;
+};
 
 // Bytes of blocks in use, and of those that are kept.
 struct MemoryUse {

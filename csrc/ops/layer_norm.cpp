@@ -150,7 +150,7 @@ std::tuple<Tensor, Tensor> layer_norm_autograd(
 }
 
 // The gradient of the gradient is ATen's: its backward is differentiable to any order. It takes the statistics one
-// tensor each, of the input's rank, in the type of the weight or of the input.
+// tensor each, of the input's rank, in the type of the weight or of the input, and reads them as dense.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
     const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
@@ -162,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
   c10::SymDimVector shape(input.sym_sizes());
   for (size_t i = shape.size() - normalized_shape.size(); i < shape.size(); ++i) shape[i] = 1;
   const auto affine = (defined(weight) ? *weight : defined(bias) ? *bias : input).scalar_type();
-  const auto stat = [&](int64_t k) { return stats.select(0, k).to(affine).view_symint(shape); };
+  const auto stat = [&](int64_t k) { return stats.select(0, k).to(affine).contiguous().view_symint(shape); };
   return at::native_layer_norm_backward_symint(
       grad_out, input, normalized_shape, stat(0), stat(1), weight, bias, output_mask);
 }
