@@ -7,6 +7,9 @@
 # make mutants   150 changes of a line each in kernels, contracts and the gate: how many turn a test red
 # make shut-gate  the tests of the contract's rows where torch serves every call: each must turn red
 # make lint    formatting and lint, as CI checks them; make format mends them
+# make emulate  the CUDA kernels on this CPU, every thread a fiber, under AddressSanitizer and UndefinedBehaviorSanitizer, and
+#               a slice under ThreadSanitizer; make emulate-slice the slice of both; make emulate-mutants: what its tests
+#               would miss
 # make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions
 #
 # Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
@@ -22,9 +25,10 @@ INSTALLED := build/installed-$(subst /,-,$(PYTHON))
 CLANG_FORMAT = $(PYTHON) -c "import clang_format; clang_format.clang_format()"
 PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
-CPP := $(filter-out %.py,$(filter csrc/%,$(SOURCES)))
+CPP := $(filter-out %.py,$(filter csrc/%,$(SOURCES))) $(wildcard tests/emulate/*.[ch]* tests/emulate/c10/cuda/*.h)
 
-.PHONY: demo test bench bench-gpu fuzz sanitize coverage mutants shut-gate lint format compile-gpu clean
+.PHONY: demo test bench bench-gpu fuzz sanitize coverage mutants shut-gate lint format compile-gpu emulate emulate-slice
+.PHONY: emulate-mutants clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
@@ -108,6 +112,16 @@ format: $(INSTALLED)
 
 compile-gpu: $(INSTALLED)
 	$(PYTHON) csrc/cuda/compile.py
+
+emulate: $(INSTALLED)
+	$(PYTHON) tests/emulate/run.py asan
+	NNFAST_EMULATE=slice $(PYTHON) tests/emulate/run.py tsan
+
+emulate-slice: $(INSTALLED)
+	NNFAST_EMULATE=slice $(PYTHON) tests/emulate/run.py asan
+
+emulate-mutants: $(INSTALLED)
+	$(PYTHON) tests/emulate/mutants.py
 
 clean:
 	rm -rf build *.egg-info nnfast/_C.*.so nnfast/_built_for.txt benchmarks/out

@@ -77,8 +77,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HOME / "survivors.txt")
     given = parser.parse_args()
 
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    for name in filter(None, listed):
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = git.stdout.splitlines()
+    for name in listed:
         target = TREE / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists() or target.read_bytes() != (ROOT / name).read_bytes():

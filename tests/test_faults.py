@@ -1,4 +1,4 @@
-"""An allocation that fails, each in its turn: torch's error, nothing changed, nothing leaked, and the same call works."""
+"""An allocation that fails, each in its turn: torch's error, nothing changed, nothing leaked, and the call works after."""
 
 import contextlib
 import copy
@@ -133,5 +133,6 @@ def test_the_first_step_of_adamw():
         ours.step()
         assert all(torch.equal(p, q) for p, q in zip(params, values, strict=True)), n
         for p, q in zip(params, values, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours.state[p].values(), expected.state[q].values(), strict=True))
+            pairs = zip(ours.state[p].values(), expected.state[q].values(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
     assert n > 5

@@ -28,7 +28,6 @@ SEEDS = st.integers(0, 2**31)
 def layouts(draw, shape, gaps=True, overlap=True):
     """A function that makes a tensor of `shape` from values: dimensions in any order, apart, expanded, at an offset."""
     order = draw(st.permutations(range(len(shape))))
-    draw_step = draw(st.integers(0, 2))
     steps = [draw(st.sampled_from([1, 1, 1, 2])) if gaps else 1 for _ in shape]
     expanded = [overlap and draw(st.sampled_from([False] * 7 + [True])) for _ in shape]
     offset = draw(st.integers(0, 7))
@@ -65,6 +64,9 @@ def bar(request):
 
         yield one_more
 
+
+# Whose random cases are in a file of their own, or that have none.
+ELSEWHERE = "cross_entropy"
 
 # How many cases took each op and internal path.
 cases = collections.Counter()
@@ -298,8 +300,8 @@ def adamw_case(draw):
     ]
     results = []
     # torch's fused code takes memory that does not lie as the parameter does for what it is not.
-    fused = dtype != torch.float64 and not any(lying)
-    for kind, fused in ((optim.AdamW, None), (torch.optim.AdamW, fused)):
+    right = dtype != torch.float64 and not any(lying)
+    for kind, fused in ((optim.AdamW, None), (torch.optim.AdamW, right)):
         params = []
         for (p, g), absent in zip(values, missing, strict=True):
             q = torch.empty_strided(p.size(), p.stride(), dtype=dtype).copy_(p).requires_grad_()
@@ -347,4 +349,5 @@ def test_every_path_was_taken():
     if not native or not native.cpu_kernels() or not cases:
         pytest.skip("nothing of ours was called")
     enough = max(1, settings.default.max_examples * 50 // 20000)
-    assert not (rare := {name: cases[name] for name in native.paths() if cases[name] < enough}), rare
+    here = [name for name in native.paths() if not name.startswith(ELSEWHERE)]
+    assert not (rare := {name: cases[name] for name in here if cases[name] < enough}), rare

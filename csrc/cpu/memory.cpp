@@ -139,8 +139,8 @@ class Pool {
   // Aligned to huge pages, or the system would find few of them inside.
   static char* map_afresh(size_t size) {
     const size_t huge = huge_page;
-    char* start = (char*)mmap(
-        nullptr, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char* start =
+        (char*)mmap(nullptr, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED) return nullptr;
     char* aligned = round_up(start, huge);
     if (aligned != start) munmap(start, aligned - start);
@@ -283,7 +283,6 @@ class BeforeTorchs final : public c10::Allocator {
   }
   c10::DeleterFnPtr raw_deleter() const override { return torchs().raw_deleter(); }
   void copy_data(void* to, const void* from, size_t bytes) const override { torchs().copy_data(to, from, bytes); }
-
 };
 
 void go_before_torchs() {
@@ -309,8 +308,8 @@ at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   const bool fill = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
 #ifdef __linux__
   if (c10::multiply_integers(sizes) * (int64_t)c10::elementSize(dtype) >= large) {
-    at::Tensor block = at::detail::empty_generic(
-        sizes, &allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+    at::Tensor block =
+        at::detail::empty_generic(sizes, &allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
     return fill ? at::native::fill_empty_deterministic_(block) : block;
   }
 #endif
