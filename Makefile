@@ -3,9 +3,13 @@
 # make bench   every benchmark on this CPU, its table, report and pictures; make bench-gpu the same on a GPU
 # make fuzz    20,000 random cases an op, against float64; the tests hold a slice of it
 # make sanitize  the ops' tests, and a slice of the random cases, under AddressSanitizer and UndefinedBehaviorSanitizer
+# make coverage  lines and branches of csrc, as built for a CPU, and of nnfast that the tests reach
+# make mutants   150 changes of a line each in kernels, contracts and the gate: how many turn a test red
+# make shut-gate  the tests of the contract's rows where torch serves every call: each must turn red
 # make lint    formatting and lint, as CI checks them; make format mends them
 # make emulate  the CUDA kernels on this CPU, every thread a fiber, under AddressSanitizer and UndefinedBehaviorSanitizer, and
-#               a slice under ThreadSanitizer; make emulate-slice the slice of both; make mutants: what its tests would miss
+#               a slice under ThreadSanitizer; make emulate-slice the slice of both; make emulate-mutants: what its tests
+#               would miss
 # make docs    the documentation, in build/docs
 # make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions
 #
@@ -30,7 +34,8 @@ PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
 CPP := $(filter-out %.py %.map,$(filter csrc/%,$(SOURCES))) $(wildcard tests/emulate/*.[ch]* tests/emulate/c10/cuda/*.h)
 
-.PHONY: demo test bench bench-gpu fuzz sanitize lint format compile-gpu docs emulate emulate-slice mutants wheel sdist clean
+.PHONY: demo test bench bench-gpu fuzz sanitize coverage mutants shut-gate lint format docs compile-gpu emulate
+.PHONY: emulate-slice emulate-mutants wheel sdist clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
@@ -64,12 +69,44 @@ sanitize: $(TOOLS)
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PYTHON) setup.py --quiet build --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib
 	for capability in avx2 avx512; do \
-		ATEN_CPU_CAPABILITY=$$capability ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		ATEN_CPU_CAPABILITY=$$capability ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(PYTHON) -c "import sys; sys.path[0] = '$(SANITIZED)/lib'; import nnfast, pytest; \
 			assert '$(SANITIZED)' in nnfast.__file__; sys.exit(pytest.main(sys.argv[1:]))" -q \
-			tests/test_layer_norm.py tests/test_linear_gelu.py tests/test_adamw.py tests/test_fuzz.py || exit 1; \
+			tests/test_layer_norm.py tests/test_linear_gelu.py tests/test_adamw.py tests/test_fuzz.py tests/test_faults.py \
+			|| exit 1; \
 	done
+
+# The instrumented build is a package of its own too: it is the working folder, which child processes look into first.
+# Not counted: branches that only an exception takes, which the compiler makes by the thousand.
+COVERED := build/coverage
+COVERAGE := $(CURDIR)/$(COVERED)/.coverage
+UNCOVERED := install benchmarks compile_gpu triton gpu layout
+coverage: $(TOOLS)
+	$(PIP) -c build/constraints.txt coverage gcovr
+	CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS="--coverage" $(PYTHON) setup.py --quiet build \
+		--build-base $(COVERED) --build-lib $(COVERED)/lib
+	find $(COVERED) -name "*.gcda" -delete
+	rm -f $(COVERAGE)*
+	printf '[run]\nbranch = true\nsource = nnfast\nparallel = true\npatch = subprocess\ndata_file = $(COVERAGE)\n' \
+		> $(COVERED)/coveragerc
+	cd $(COVERED)/lib && $(abspath $(PYTHON)) -m coverage run --rcfile=../coveragerc -m pytest -q -p no:cacheprovider \
+		-c $(CURDIR)/pyproject.toml --rootdir $(CURDIR) \
+		$(foreach t,$(UNCOVERED),--ignore=$(CURDIR)/tests/test_$(t).py) $(CURDIR)/tests
+	$(PYTHON) -m coverage combine --rcfile=$(COVERED)/coveragerc
+	status=0; \
+	$(PYTHON) -m coverage report --rcfile=$(COVERED)/coveragerc --show-missing --fail-under=97 || status=1; \
+	$(PYTHON) -m gcovr --root . --object-directory $(COVERED) --filter csrc/ --exclude csrc/cuda/ \
+		--exclude-throw-branches --exclude-unreachable-branches --merge-mode-functions=merge-use-line-0 \
+		--txt-metric line --txt - --txt-summary --fail-under-line 97 --fail-under-branch 90 || status=1; \
+	exit $$status
+
+mutants: $(TOOLS)
+	$(PIP) -c build/constraints.txt universalmutator
+	$(PYTHON) tests/mutants.py
+
+shut-gate: $(TOOLS)
+	ATEN_CPU_CAPABILITY=default $(PYTHON) -m pytest -q --shut-gate
 
 lint: $(TOOLS)
 	$(PYTHON) -m ruff check .
@@ -94,7 +131,7 @@ emulate: $(TOOLS)
 emulate-slice: $(TOOLS)
 	NNFAST_EMULATE=slice $(PYTHON) tests/emulate/run.py asan
 
-mutants: $(TOOLS)
+emulate-mutants: $(TOOLS)
 	$(PYTHON) tests/emulate/mutants.py
 
 clean:

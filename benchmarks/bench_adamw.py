@@ -123,7 +123,7 @@ def task(case: Case, compile: bool = False) -> Task:
     target = torch.empty_like(source)
     return Task(
         {name: stepper(build) for name, build in providers.items()}, exact, nbytes=PASSES * source.nbytes, flops=0,
-        ceiling={"copy": lambda: target.copy_(source)}, ceiling_scale=PASSES / 2,
+        ceiling={"copy": lambda: target.copy_(source)}, ceiling_scale=PASSES / 2, names=("parameters",),
     )  # fmt: skip
 
 

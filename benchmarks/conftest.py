@@ -39,9 +39,11 @@ def race(case, benchmark, request):
     def run(case, task):
         torch.manual_seed(0)
         benchmark.group = case.op
+        made = task(case, compile=option("--compile"))
+        errors = [vars(row) for row in harness.error_rows(case, made)]
         found = harness.run(
             case,
-            task(case, compile=option("--compile")),
+            made,
             repeat=lambda lap, count: benchmark.pedantic(lap, rounds=count, iterations=1),
             graph=option("--graph"),
         )
@@ -49,6 +51,8 @@ def race(case, benchmark, request):
         request.config.stash[FOUND].append(found)
         if not option("--no-results"):
             harness.append(rows, harness.folder(case.device) / f"{case.op}.csv")
+            if errors:
+                harness.append(errors, harness.folder(case.device) / "errors.csv")
 
     return run
 

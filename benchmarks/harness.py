@@ -64,6 +64,7 @@ class Task:
         exact: the same tensors in float64.
         nbytes: bytes that must be read and written, each once. flops: operations of the matrix products.
         ceiling: bare copies or bare products, the best of which, times ``ceiling_scale``, bounds the case.
+        names: what the tensors are, where their errors are worth a table; there may be several of the last.
     """
 
     providers: dict[str, Callable[[], Iterable[torch.Tensor]]]
@@ -72,6 +73,7 @@ class Task:
     flops: int
     ceiling: dict[str, Callable[[], object]]
     ceiling_scale: float
+    names: tuple[str, ...] = ()
 
 
 def function_task(case: Case, functions: dict, reference: Callable, tensors, grad, **bounds) -> Task:
@@ -91,7 +93,8 @@ def function_task(case: Case, functions: dict, reference: Callable, tensors, gra
         return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
 
     exact = call(reference, [t.detach().double().requires_grad_() for t in tensors], grad.double())()
-    return Task({name: call(f, tensors, grad) for name, f in functions.items()}, list(exact), **bounds)
+    names = ("output", "input's gradient", "weight's gradient", "bias's gradient") if case.direction == "both" else ()
+    return Task({name: call(f, tensors, grad) for name, f in functions.items()}, list(exact), names=names, **bounds)
 
 
 def compiled(function: Callable, device: str) -> Callable:
@@ -258,6 +261,42 @@ class Row:
     speedup_high: float | None = None
     peak_bytes: int | None = None
     note: str = ""
+
+
+@dataclasses.dataclass
+class ErrorRow:
+    """How far one provider is from float64 in one tensor of a case."""
+
+    run: str
+    device: str
+    versions: str
+    commit: str
+    op: str
+    model: str
+    shape: str
+    dtype: str
+    variant: str
+    provider: str
+    tensor: str
+    largest: float  # the largest value of the exact tensor
+    error: float  # the largest distance from it
+
+
+def error_rows(case: Case, task: Task) -> list[ErrorRow]:
+    """Plain torch's and ours, a row a tensor; those of one name count as one."""
+    same = {k: v for k, v in dataclasses.asdict(case).items() if k in ErrorRow.__annotations__}
+    same |= provenance(case.device) | {"shape": "x".join(map(str, case.shape))}
+    found = []
+    for provider in ("torch", OURS) if task.names else ():
+        worst: dict[str, tuple[float, float]] = {}
+        for i, (got, exact) in enumerate(zip(task.providers[provider](), task.exact, strict=True)):
+            name = task.names[min(i, len(task.names) - 1)]
+            if exact.numel():
+                pair = ((got.double() - exact).abs().max().item(), exact.abs().max().item())
+                worst[name] = tuple(map(max, pair, worst.get(name, pair)))
+        for name, (error, largest) in worst.items():
+            found.append(ErrorRow(**same, provider=provider, tensor=name, largest=largest, error=error))
+    return found
 
 
 @functools.cache

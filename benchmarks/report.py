@@ -125,6 +125,34 @@ def widen(runs: list[list[dict]]) -> str:
     )
 
 
+def error_table(rows: list[dict]) -> str:
+    """An op's worst cell of each dtype and tensor: where ours is furthest from float64 in units of torch's error, and
+    where torch's is in units of ours. What is below a rounding of the dtype at the largest value counts as one."""
+    eps = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12, "fp64": 2.0**-53}
+    cells: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        cell = tuple(row[k] for k in ("op", "dtype", "tensor", "shape", "model", "variant"))
+        cells.setdefault(cell, {})[row["provider"]] = row
+    lines = []
+    for group in dict.fromkeys(cell[:3] for cell in cells):
+        found = []
+        for cell, by in cells.items():
+            if cell[:3] == group and len(by) == 2:
+                least = eps[group[1]] * number(by["torch"]["largest"])
+                ratio = max(number(by["nnfast"]["error"]), least) / max(number(by["torch"]["error"]), least)
+                found.append((ratio, cell, by))
+        ratios = [f[0] for f in found]
+        ends = []
+        for _, cell, by in (max(found, key=lambda f: f[0]), min(found, key=lambda f: f[0])):
+            ours, torchs = (number(by[p]["error"]) for p in ("nnfast", "torch"))
+            where = " ".join(filter(None, (cell[3], cell[5])))
+            ends.append(f"{ours:.2g}, torch {torchs:.2g} of {number(by['torch']['largest']):.3g} ({where})")
+        middle, most = statistics.median(ratios), max(ratios)
+        lines.append([OPS.get(group[0], group[0]), *group[1:], f"{middle:.2f}", f"{most:.2f}", *ends])
+    header = ["op", "dtype", "tensor", "ours / torch's, middle", "most", "where ours is worst", "where torch's is"]
+    return markdown(header, lines)
+
+
 # ---- pictures ----
 
 
@@ -242,6 +270,14 @@ def page(folder: Path) -> tuple[str, str]:
     if steps := newest_step_rows(folder):
         step_bars(steps, folder / "train_gpt.png")
         sections.insert(0, f"## A whole training step\n\n![step times](train_gpt.png)\n\n{step_table(steps)}\n")
+    if errors := load(folder / "errors.csv"):
+        runs = {row["op"]: row["run"] for run in reversed(errors) for row in run}  # the newest of each op
+        rows = [row for run in errors for row in run if row["run"] == runs[row["op"]]]
+        sections.append(
+            "## Errors\n\nThe largest distance from the result in float64, of forward and backward, ours over plain "
+            "torch's: the middle and the most over the shapes above, and the two shapes at the ends. An error below "
+            f"one rounding of the dtype counts as one.\n\n{error_table(rows)}\n"
+        )
     text = (
         f"# {machine}\n\nWritten by `python benchmarks/report.py` from the CSV files beside it. A number is how many "
         "times as fast as the best peer in the same run, the median of laps in which the providers take turns, with "

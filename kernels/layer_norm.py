@@ -268,6 +268,8 @@ def layer_norm_backward_triton(
     """``nnfast::layer_norm_backward``: the gradients of input, weight and bias that ``output_mask`` asks for."""
     check(_covered(input, weight, bias), "layer_norm_backward")
     size = math.prod(normalized_shape)
+    if grad_out.shape != input.shape or grad_out.dtype != input.dtype or stats.numel() * size != 2 * input.numel():
+        raise RuntimeError("nnfast::layer_norm_backward: grad_out or stats does not fit the input")
     grad_input = input.new_empty(input.shape) if output_mask[0] else None
     affine = [t.new_empty(normalized_shape) if m and t is not None else None
               for t, m in zip((weight, bias), output_mask[1:], strict=True)]  # fmt: skip

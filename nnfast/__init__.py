@@ -15,4 +15,5 @@ from nnfast import optim as optim
 from nnfast.accelerate import accelerate as accelerate
 from nnfast.accelerate import report as report
 from nnfast.accelerate import restore as restore
+from nnfast.backend import empty_cache as empty_cache
 from nnfast.backend import use_backend as use_backend

@@ -39,6 +39,9 @@ def main() -> int:
     print(f"Triton  {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
     loaded = f"built for torch {backend.native.built_for}" if backend.native else ""
     print(f"native  {'; '.join(filter(None, (loaded, backend.why_not)))}")
+    if backend.native:
+        live, kept = (size >> 20 for size in backend.native.memory())
+        print(f"memory  {live} MB in use by large outputs, {kept} MB kept for the next until nnfast.empty_cache()")
     print()
     print_table([("op", "device", "served by", "because"), *rows()])
     return 0

@@ -1,13 +1,28 @@
 """What the tests of the ops share: dtypes, awkward layouts, and how close is close enough."""
 
 import contextlib
+import itertools
 import os
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
+
+
+def contract() -> set[tuple[str, str]]:
+    """Every (file, test) that the first table of README.md, the contract's rows, names."""
+    table = Path(__file__).with_name("README.md").read_text().partition("| row |")[2].partition("\n\n")[0]
+    tests, file = set(), ""
+    for line in table.splitlines():
+        for path, test in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", line.split("|")[-2] if "|" in line else ""):
+            file = path or file
+            tests.add((file, test))
+    return tests
 
 
 def double(t: Tensor | None) -> Tensor | None:
@@ -78,7 +93,7 @@ def thresholds(**values: int):
     from nnfast.backend import native
 
     values = {name.replace("__", "."): value for name, value in values.items()}
-    before = native.thresholds()
+    before = native.thresholds() if values else {}
     try:
         for name, value in values.items():
             native.set_threshold(name, value)
@@ -86,6 +101,58 @@ def thresholds(**values: int):
     finally:
         for name in values:
             native.set_threshold(name, before[name])
+
+
+@contextlib.contextmanager
+def failing_allocation(n: int):
+    """Allocation number ``n`` of the block, torch's or ours, counted from 0, fails; yields whether it has."""
+    from nnfast.backend import native
+
+    failed = []
+    native.fail_allocation(n)
+    try:
+        yield failed
+    finally:
+        if native.fail_allocation(-1) < 0:
+            failed.append(True)
+
+
+def every_allocation_fails(call, state: Callable[[], list[Tensor]] = list) -> int:
+    """Each allocation of a call fails once: torch's error, ``state()`` as it was, and then the call does its work.
+
+    ``call`` gives tensors that are the same each time, or changes ``state()``, from where it is put back before the
+    next. Nothing of ours stays alive. Returns how many allocations there were.
+    """
+    from nnfast.backend import native
+
+    def copy():
+        return [t.detach().clone() for t in state()]
+
+    def put_back():
+        for t, value in zip(state(), before, strict=True):
+            t.detach().copy_(value)
+
+    before = copy()
+    live = native.memory()[0]
+    expected = [*(t.detach().clone() for t in call() or ()), *copy()]
+    for n in itertools.count():
+        put_back()
+        error = None
+        with failing_allocation(n) as failed:
+            try:
+                call()
+            except RuntimeError as e:
+                error = str(e)
+        if not failed:
+            assert error is None and n > 0
+            put_back()
+            return n
+        assert error and "allocate memory" in error, f"allocation {n}: {error}"
+        assert all(torch.equal(a, b) for a, b in zip(state(), before, strict=True)), f"allocation {n} left a change"
+        assert native.memory()[0] == live, f"allocation {n} leaked"
+        again = [*(call() or ()), *state()]
+        assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True)), f"after allocation {n}"
+        del again
 
 
 def available_memory() -> int:

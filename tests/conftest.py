@@ -1,8 +1,9 @@
-"""What every test runs under."""
+"""What every test runs under, and that a test which stands for a row of the contract was served by ours."""
 
 import pytest
 import torch
 import torch.utils.deterministic
+from common import contract
 from hypothesis import HealthCheck, settings
 
 # What test_fuzz.py does in the suite, and in `make fuzz`. The fixture below need not run for each case of a test.
@@ -18,6 +19,56 @@ settings.register_profile("fuzz", settings.get_profile("suite"), max_examples=20
 settings.load_profile("suite")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--shut-gate",
+        action="store_true",
+        help="run the contract's tests where torch serves every call (ATEN_CPU_CAPABILITY=default): each must fail",
+    )
+
+
+def stands_for_a_row(item):
+    """Whether the contract's map names this test, and it calls something that ours serves."""
+    named = {(item.path.name, item.originalname), (item.path.name, "")} & CONTRACT
+    return bool(named) and not item.get_closest_marker("torch_serves")
+
+
+CONTRACT = contract()
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--shut-gate"):
+        return
+    shut = [item for item in items if stands_for_a_row(item)]
+    config.hook.pytest_deselected(items=[item for item in items if not stands_for_a_row(item)])
+    items[:] = shut
+    for item in items:
+        item.add_marker(pytest.mark.xfail(strict=True))
+
+
+def calls_served():
+    """How many calls our ops have served in this process."""
+    from nnfast.backend import native
+
+    return sum(count for name, count in native.paths().items() if hasattr(torch.ops.nnfast, name)) if native else 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A row's test would compare torch with torch if ours had not served. What a child process runs sees to it there:
+    ``served_in_children``."""
+    from nnfast import backend
+
+    shut = pyfuncitem.config.getoption("--shut-gate")
+    if shut:
+        assert backend.available("cpu"), "the gate is open: set ATEN_CPU_CAPABILITY=default"
+    before = calls_served()
+    result = yield
+    if stands_for_a_row(pyfuncitem) and not pyfuncitem.get_closest_marker("served_in_children"):
+        assert calls_served() > before or (backend.available("cpu") and not shut), "nothing was served by ours"
+    return result
+
+
 @pytest.fixture(autouse=True)
 def _deterministic():
     """The same numbers in every run, and NaN in all memory that is allocated and not written."""
@@ -29,10 +80,13 @@ def _deterministic():
 
 
 @pytest.fixture
-def cpu_kernels():
+def cpu_kernels(request):
     """Skip where this CPU has none of our kernels: what is tested then is torch."""
     from nnfast import backend
 
+    if request.config.getoption("--shut-gate"):
+        yield
+        return
     if why := backend.available("cpu"):
         pytest.skip(why)
     with backend.use_backend("cpu"):

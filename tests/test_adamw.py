@@ -127,6 +127,7 @@ def test_layouts():
         torch.testing.assert_close(*results, msg=name)
 
 
+@pytest.mark.torch_serves
 def test_parameters_with_gaps_are_torchs():
     """A8: the kernels want a parameter without gaps; torch serves the others, and only they."""
     holder = torch.randn(8, 12)
@@ -163,6 +164,7 @@ def test_opcheck():
         assert not torch.equal(both[0][0][0], args[0][0]) and both[1][5][0] == 3
 
 
+@pytest.mark.torch_serves
 def test_constructor_errors_are_torchs():
     """A1: type and text, whether the constructor raises or warns."""
     for error in optim_error_inputs_func_adamw("cpu", torch.float32):
@@ -270,6 +272,7 @@ def test_bad_checkpoints_change_nothing():
         torch.load(io.BytesIO(file.getvalue()[:-100]), weights_only=True)
 
 
+@pytest.mark.torch_serves
 def test_a_checkpoint_of_another_optimizer():
     """A3, A11: torch loads SGD's; the step then raises as torch's does, and changes no parameter."""
     p = torch.ones(3, requires_grad=True)
@@ -287,6 +290,7 @@ def test_a_checkpoint_of_another_optimizer():
     assert said[0] == said[1]
 
 
+@pytest.mark.torch_serves
 def test_signature_and_groups():
     """A1, A2."""
     p = torch.zeros(3, requires_grad=True)
@@ -515,6 +519,7 @@ def test_mixed_dtypes_in_one_group():
 
 
 @pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.torch_serves
 def test_complex_beside_real(foreach):
     """A7: a group with a complex parameter is torch's."""
     params, grads = sample_inputs(torch.float32, [(3,), (4,)], steps=3)
@@ -524,6 +529,7 @@ def test_complex_beside_real(foreach):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.torch_serves
 def test_differentiable():
     """A9: the gradient of the updated parameter with respect to the gradient is torch's."""
     results = []

@@ -260,6 +260,7 @@ def test_eps(eps):
     torch.testing.assert_close(F.layer_norm(x, (50,), eps=eps), TF.layer_norm(x, (50,), eps=eps), equal_nan=True)
 
 
+@pytest.mark.torch_serves
 def test_errors_are_torchs():
     """L3: type and text."""
     x = torch.randn(3, 4)
@@ -281,6 +282,31 @@ def test_errors_are_torchs():
         with pytest.raises(Exception) as theirs:
             TF.layer_norm(*args)
         assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_backward_checks_what_it_reads():
+    """An op that anyone can call: torch's kind of error, whoever asks, and statistics with any strides."""
+    x, w = torch.randn(7, 12), torch.randn(12)
+    output, stats = torch.ops.nnfast.layer_norm(x, (12,), w, None, 1e-5)
+    g, mask = torch.randn(7, 12), (True, True, False)
+
+    def backward(g=g, stats=stats, w=w):
+        return torch.ops.nnfast.layer_norm_backward(g, x, (12,), stats, w, None, mask)
+
+    expected = backward()
+    for guard in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        for weight in (w, w.clone().requires_grad_()):
+            with guard():
+                for bad in (g[:1], g[:, :6], g.T, g.double(), g.bfloat16(), torch.empty(0)):
+                    with pytest.raises(RuntimeError, match="expected grad_out of size"):
+                        backward(g=bad, w=weight)
+                for bad in (stats[:1], stats[:, :1], stats.T, stats.double(), torch.empty(0)):
+                    with pytest.raises(RuntimeError, match="expected stats of size"):
+                        backward(stats=bad, w=weight)
+                for lying in (stats.T.contiguous().T, stats.repeat(1, 2)[:, :7], stats.repeat_interleave(2, 1)[:, ::2]):
+                    for a, b in zip(backward(stats=lying, w=weight)[:2], expected, strict=False):
+                        torch.testing.assert_close(a, b)
 
 
 def test_autocast():

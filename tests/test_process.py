@@ -1,15 +1,21 @@
 """What a process does around the ops: two threads, forks, and how much memory it needs. "Across", and A9."""
 
+import random
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 import torch
+from common import served, thresholds
 
+import nnfast
 import nnfast.nn as nn
+import nnfast.nn.functional as F
 import nnfast.optim as optim
+from nnfast import backend
 
 
 def run_script(code, *args):
@@ -50,7 +56,7 @@ def test_two_threads():
 
 
 FORK = """
-import multiprocessing, torch
+import multiprocessing, nnfast, torch
 import nnfast.nn as nn, nnfast.optim as optim
 
 torch.set_num_threads(2)
@@ -81,10 +87,12 @@ if __name__ == "__main__":
     process.join(60)
     assert process.exitcode == 0, process.exitcode
     step()
+    assert nnfast.backend.native.paths()["adamw_"] >= 2
     print("done")
 """
 
 
+@pytest.mark.served_in_children
 def test_fork_after_use():
     """Data workers and a forked child run the ops after the parent's threads have."""
     assert run_script(FORK).strip() == "done"
@@ -155,11 +163,91 @@ for _ in range(3):
     model(torch.randn(4096, 512)).square().mean().backward()
     optimizer.step()
     optimizer.zero_grad()
+assert sys.argv[1] != "ours" or nnfast.backend.native.paths()["layer_norm_backward"]
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.served_in_children
 def test_peak_of_the_process():
     """A9: what the process takes from the system, but for the blocks that are kept for the next output: 128 MiB."""
     ours, torchs = (int(run_script(RESIDENT, who)) / 1024 for who in ("ours", "torch"))
     assert ours <= torchs + 128, f"{ours:.0f} MiB, torch {torchs:.0f} MiB"
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_kept_memory():
+    """A9: with what is kept, no more than was live at once; and no two tensors ever share memory."""
+    torch.use_deterministic_algorithms(False)
+    generator, page = random.Random(0), 4096
+    alive, live, peak = [], 0, 0
+    nnfast.empty_cache()
+    with thresholds(memory__large_bytes=page), served("memory.mapped", "memory.given_again", "memory.gathered"):
+        start = backend.native.memory()[0]
+        for i in range(600):
+            if alive and generator.random() < 0.5:
+                number, t = alive.pop(generator.randrange(len(alive)))
+                assert t[0] == t[-1] == number and t.eq(number).all(), "written by another"
+                live -= -(-t.nbytes // page) * page
+                del t
+            else:
+                size = generator.choice([page, 3 * page - 8, 40 * page, 2**21, 2**21 + 12 * page, 3 * 2**21, 2**23 + 4])
+                t = F.gelu(torch.zeros(1).expand(size // 4)).fill_(i)
+                alive.append((i, t))
+                live += -(-t.nbytes // page) * page
+                del t
+            peak = max(peak, live)
+            in_use, kept = backend.native.memory()
+            assert in_use - start == live and live + kept <= peak
+        assert kept > 0
+        nnfast.empty_cache()
+        assert backend.native.memory() == (start + live, 0)
+        assert all(t.eq(number).all() for number, t in alive)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_what_was_not_needed_for_long_is_given_back():
+    x = torch.zeros(1).expand(2**22)
+    F.gelu(x)
+    assert backend.native.memory()[1] >= 2**24
+    with thresholds(memory__keep_ms=1):
+        for _ in range(3):
+            time.sleep(0.002)
+            F.gelu(x[: 2**19])
+    assert backend.native.memory()[1] <= 2**21
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_no_memory_left():
+    """Kept memory is given back before a call fails, and the error is torch's."""
+    assert run_script(NO_MEMORY).split() == ["kept", "given", "torchs"]
+
+
+NO_MEMORY = """
+import resource, torch, nnfast, nnfast.nn.functional as F
+native, x, wider = nnfast.backend.native, torch.zeros(2**26), torch.zeros(2**26 + 2**22)
+
+def keep():
+    for _ in range(2):
+        F.gelu(x)
+    assert native.memory()[1] >= 2**28
+
+keep()
+print("kept")
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, taken + 2**26))
+assert F.gelu(wider)[::4096].eq(0).all()
+print("given")
+nnfast.empty_cache()
+keep()
+assert torch.empty(2**26 + 2**22).numel() and native.memory()[1] == 0
+errors = []
+for call in (lambda: F.layer_norm(torch.zeros(1, 1).expand(2**29, 1), (1,)), lambda: torch.empty(2**29)):
+    try:
+        call()
+    except RuntimeError as e:
+        errors.append(str(e).splitlines()[0])
+assert errors[0] == errors[1] and "allocate memory" in errors[0], errors
+print("torchs")
+"""

@@ -49,11 +49,13 @@ std::tuple<Tensor, Tensor> layer_norm_cpu(
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
-    const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats,
+    const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats_,
     const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
   const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias, cpu_kernels());
+  check_layer_norm_backward(grad_out, input, c10::fromIntArrayRefSlow(normalized_shape), stats_);
   backward.taken();
   const OptTensor weight = contiguous(weight_);
+  const Tensor stats = stats_.contiguous();
   const Rows g = rows_of(grad_out, size, normalized_shape.size()), x = rows_of(input, size, normalized_shape.size());
   Tensor grad_input = output_mask[0] ? empty(input.sizes(), input.scalar_type()) : Tensor();
   const LayerNormBackward b{

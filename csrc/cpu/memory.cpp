@@ -2,129 +2,261 @@
 
 #include <ATen/Context.h>
 #include <ATen/EmptyTensor.h>
+#include <ATen/native/TensorFactories.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
 
+#include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstring>
-#include <list>
+#include <map>
+#include <memory>
 #include <mutex>
+#include <utility>
 
 #include "../gate/paths.h"
 
 #ifdef __linux__
+#include <pthread.h>
 #include <sys/mman.h>
 #endif
 
 namespace nnfast {
 namespace {
 
+std::atomic<int64_t> until_failure{-1};
+
+// Torch's allocator, as it was before ours went before it.
+c10::Allocator& torchs() {
+  static auto* const before = c10::GetCPUAllocator();
+  return *before;
+}
+
+// Ours from now on, for ForTorch and for where torch's has no more.
+void go_before_torchs();
+
+// torch's own error, where this allocation is to fail: more is asked for than there can be.
+void fail_if_due() {
+  if (until_failure >= 0 && until_failure-- == 0) torchs().allocate(size_t(1) << 60);
+}
+
 #ifdef __linux__
 
-constexpr size_t kPage = 4096, kHugePage = size_t(2) << 20;
-Threshold large("memory.large_bytes", kHugePage);
-// The most that is kept: one wide activation and its gradient. Without it a GPT-2-style step takes 1.14 times as long.
-Threshold keep("memory.keep_bytes", int64_t(128) << 20);
-Path mapped("memory.mapped"), given_again("memory.given_again");
+constexpr size_t kPage = 4096;
+Threshold huge_page("memory.huge_page", int64_t(2) << 20);
+Threshold large("memory.large_bytes", int64_t(2) << 20);
+// For so long what was live at once says how much may be kept: longer than most training steps take.
+Threshold keep_ms("memory.keep_ms", 10'000);
+Path mapped("memory.mapped"), gathered("memory.gathered"), given_again("memory.given_again");
 
-struct Block {
-  void* data;
-  size_t size;  // a multiple of kPage
-};
+char* round_up(char* p, size_t to) { return (char*)(((uintptr_t)p + to - 1) / to * to); }
+char* round_down(char* p, size_t to) { return (char*)((uintptr_t)p / to * to); }
 
-// Freed blocks, the latest first. A block is given out again only for its own size, rounded up to pages.
-class Kept {
+class Pool {
  public:
-  // try_lock, here and below: after a fork the lock may be held for ever by a thread that is no more, and then the
-  // system serves.
-  void* take(size_t size) {
-    std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock) return nullptr;
-    for (auto block = blocks_.begin(); block != blocks_.end(); ++block) {
-      if (block->size != size) continue;
-      void* data = block->data;
-      total_ -= size;
-      blocks_.erase(block);
-      return data;
-    }
-    return nullptr;
+  Pool() {
+    // Nobody holds the lock in a child: the thread that forks does.
+    pthread_atfork([] { pool().mutex_.lock(); }, [] { pool().mutex_.unlock(); }, [] { pool().mutex_.unlock(); });
   }
 
-  void give(Block block) {
-    std::list<Block> excess;
-    {
-      std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-      if (!lock)
-        excess.push_back(block);
-      else {
-        blocks_.push_front(block);
-        total_ += block.size;
-        while ((int64_t)total_ > keep) {
-          total_ -= blocks_.back().size;
-          excess.splice(excess.end(), blocks_, std::prev(blocks_.end()));
-        }
-      }
+  // Never destroyed: tensors may outlive everything else at exit.
+  static Pool& pool() {
+    static auto* const instance = new Pool;
+    return *instance;
+  }
+
+  // Null where the system has no more. `size` is in whole pages.
+  void* take(size_t size) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    auto best = ranges_.end();
+    for (auto range = ranges_.begin(); range != ranges_.end(); ++range)
+      if (range->second >= size && (best == ranges_.end() || range->second < best->second)) best = range;
+    void* data;
+    if (best != ranges_.end()) {
+      given_again.taken();
+      data = best->first;
+      split(best, best->first + size);
+      ranges_.erase(best);
+      kept_ -= size;
+    } else {
+      mapped.taken();
+      data = map(size);
+      if (!data) return nullptr;
     }
-    for (const auto& b : excess) munmap(b.data, b.size);
+    live_ += size;
+    settle();
+    return data;
+  }
+
+  void give(char* data, size_t size) noexcept {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    live_ -= size;
+    try {
+      auto range = ranges_.emplace(data, size).first;
+      kept_ += size;
+      range = merge(range, std::next(range));
+      if (range != ranges_.begin()) merge(std::prev(range), range);
+    } catch (const std::bad_alloc&) {
+      munmap(data, size);
+    }
+    settle();
+  }
+
+  MemoryUse use() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return {(int64_t)live_, (int64_t)kept_};
+  }
+
+  void empty() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    trim(0);
+    before_ = recent_ = live_;
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
+  using Range = std::map<char*, size_t>::iterator;
+
+  // The part of a range from `at` on becomes a range of its own.
+  Range split(Range range, char* at) {
+    const size_t first = at - range->first;
+    if (first == 0) return range;
+    if (first == range->second) return std::next(range);
+    const auto second = ranges_.emplace_hint(std::next(range), at, range->second - first);
+    range->second = first;
+    return second;
+  }
+
+  Range merge(Range first, Range second) {
+    if (second == ranges_.end() || first->first + first->second != second->first) return first;
+    first->second += second->second;
+    ranges_.erase(second);
+    return first;
+  }
+
+  // Aligned to huge pages, or the system would find few of them inside.
+  static char* map_afresh(size_t size) {
+    const size_t huge = huge_page;
+    char* start =
+        (char*)mmap(nullptr, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (start == MAP_FAILED) return nullptr;
+    char* aligned = round_up(start, huge);
+    if (aligned != start) munmap(start, aligned - start);
+    munmap(aligned + size, start + huge - aligned);
+    madvise(aligned, size, MADV_HUGEPAGE);
+    return aligned;
+  }
+
+  // No range is long enough: a new one, under which the huge pages of those that are kept move.
+  char* map(size_t size) {
+    const size_t huge = huge_page;
+    char* data = map_afresh(size);
+    if (!data) {
+      trim(0);
+      data = map_afresh(size);
+    }
+    if (!data) return nullptr;
+    char *to = data, *const last = round_down(data + size, huge);
+    for (auto range = ranges_.begin(); range != ranges_.end() && to < last;) {
+      char* begin = round_up(range->first, huge);
+      char* end = std::min(round_down(range->first + range->second, huge), begin + (last - to));
+      if (begin >= end) {
+        ++range;
+        continue;
+      }
+      try {
+        range = split(range, begin);
+        split(range, end);
+      } catch (const std::bad_alloc&) {
+        break;
+      }
+      gathered.taken();
+      kept_ -= end - begin;
+      range = ranges_.erase(range);
+      for (; begin < end; begin += huge, to += huge)
+        if (mremap(begin, huge, huge, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED) {
+          // The system counts mappings. What was at `to` may be gone by now, and another thread's be there.
+          munmap(begin, end - begin);
+          munmap(data, to - data);
+          munmap(to + huge, data + size - (to + huge));
+          return map_afresh(size);
+        }
+    }
+    return data;
+  }
+
+  // Kept and live together take no more than live ones did, in this stretch of time or in the one before.
+  void settle() {
+    const auto now = Clock::now();
+    const auto stretch = std::chrono::milliseconds(keep_ms);
+    if (now - since_ >= stretch) {
+      before_ = now - since_ < 2 * stretch ? recent_ : 0;
+      recent_ = 0;
+      since_ = now;
+    }
+    recent_ = std::max(recent_, live_);
+    trim(std::max(before_, recent_) - live_);
+  }
+
+  // The shortest ranges go first, which serve the least.
+  void trim(size_t most) {
+    while (kept_ > most) {
+      const auto range = std::min_element(
+          ranges_.begin(), ranges_.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+      const size_t cut = std::min(range->second, kept_ - most);
+      munmap(range->first + range->second - cut, cut);
+      kept_ -= cut;
+      range->second -= cut;
+      if (range->second == 0) ranges_.erase(range);
+    }
+  }
+
   std::mutex mutex_;
-  std::list<Block> blocks_;
-  size_t total_ = 0;
+  std::map<char*, size_t> ranges_;  // what is kept, by address; none touches the next
+  size_t kept_ = 0, live_ = 0;
+  size_t recent_ = 0, before_ = 0;  // the most that was live at once, in this stretch of time and in the one before
+  Clock::time_point since_ = Clock::now();
 };
 
-// Never destroyed: tensors may outlive everything else at exit.
-Kept& kept() {
-  static auto* const instance = new Kept;
-  return *instance;
-}
+struct Block {
+  void* data;
+  size_t size;
+};
 
 void release(void* context) {
-  auto* block = static_cast<Block*>(context);
+  const std::unique_ptr<Block> block(static_cast<Block*>(context));
   c10::reportMemoryUsageToProfiler(block->data, -(int64_t)block->size, 0, 0, at::kCPU);
-  kept().give(*block);
-  delete block;
+  Pool::pool().give((char*)block->data, block->size);
+}
+
+// From torch's allocator, which has the error too. What is kept makes nobody fail.
+c10::DataPtr torchs_or_kept(size_t bytes) {
+  try {
+    return torchs().allocate(bytes);
+  } catch (const c10::Error&) {
+    if (Pool::pool().use().kept == 0) throw;
+  }
+  Pool::pool().empty();
+  return torchs().allocate(bytes);
 }
 
 class Allocator final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if ((int64_t)bytes < large) return c10::GetDefaultCPUAllocator()->allocate(bytes);
-    if ((int64_t)bytes > keep) return huge(c10::GetDefaultCPUAllocator()->allocate(bytes), bytes);
-    const size_t size = (bytes + kPage - 1) / kPage * kPage;
-    void* data = kept().take(size);
-    (data ? given_again : mapped).taken();
-    if (!data) data = map(size);
-    c10::reportMemoryUsageToProfiler(data, (int64_t)size, 0, 0, at::kCPU);
-    return {data, new Block{data, size}, &release, at::Device(at::kCPU)};
+    fail_if_due();
+    if ((int64_t)bytes < large) return torchs_or_kept(bytes);
+    go_before_torchs();
+    auto block = std::make_unique<Block>(Block{nullptr, (bytes + kPage - 1) / kPage * kPage});
+    block->data = Pool::pool().take(block->size);
+    if (!block->data) return torchs_or_kept(bytes);
+    c10::reportMemoryUsageToProfiler(block->data, (int64_t)block->size, 0, 0, at::kCPU);
+    void* const data = block->data;
+    return {data, block.release(), &release, at::Device(at::kCPU)};
   }
 
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
-
- private:
-  // Too large to be kept. The C library may have such a block at hand, touched before; if not, it is touched by huge
-  // pages.
-  static c10::DataPtr huge(c10::DataPtr data, size_t bytes) {
-    const auto start = (uintptr_t)data.get(), aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
-    madvise((void*)aligned, (start + bytes - aligned) / kHugePage * kHugePage, MADV_HUGEPAGE);
-    return data;
-  }
-
-  // Aligned to huge pages, or the system would find few of them inside.
-  static void* map(size_t size) {
-    char* start = (char*)mmap(
-        nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    TORCH_CHECK(
-        start != MAP_FAILED,
-        "[enforce fail] nnfast: DefaultCPUAllocator: can't allocate memory: you tried to allocate ", size,
-        " bytes. Error code ", errno, " (", std::strerror(errno), ")");
-    char* aligned = (char*)(((uintptr_t)start + kHugePage - 1) / kHugePage * kHugePage);
-    if (aligned != start) munmap(start, aligned - start);
-    munmap(aligned + size, start + kHugePage - aligned);
-    madvise(aligned, size, MADV_HUGEPAGE);
-    return aligned;
-  }
 };
 
 Allocator& allocator() {
@@ -132,23 +264,69 @@ Allocator& allocator() {
   return *instance;
 }
 
+#else
+
+c10::Allocator& allocator() { return torchs(); }
+c10::DataPtr torchs_or_kept(size_t bytes) { return torchs().allocate(bytes); }
+
 #endif
 
-// Where torch is told to fill new memory, so that a read of it shows, its own at::empty does so.
-bool fills_new_memory() {
-  return at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory();
+thread_local size_t awaited = 0;
+
+// What torch allocates by from go_before_torchs() on.
+class BeforeTorchs final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    if (bytes && bytes == awaited) return awaited = 0, allocator().allocate(bytes);
+    fail_if_due();
+    return torchs_or_kept(bytes);
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return torchs().raw_deleter(); }
+  void copy_data(void* to, const void* from, size_t bytes) const override { torchs().copy_data(to, from, bytes); }
+};
+
+void go_before_torchs() {
+  static const bool once = [] {
+    torchs();
+    c10::SetCPUAllocator(new BeforeTorchs);
+    return true;
+  }();
+  (void)once;
 }
 
 }  // namespace
 
+ForTorch::ForTorch(size_t bytes) {
+  go_before_torchs();
+  before_ = std::exchange(awaited, bytes);
+}
+ForTorch::~ForTorch() { awaited = before_; }
+
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  if (fills_new_memory()) return at::empty(sizes, at::TensorOptions(dtype));
+  // Where torch is told to fill new memory, so that a read of it shows.
+  const auto& context = at::globalContext();
+  const bool fill = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
 #ifdef __linux__
-  if (c10::multiply_integers(sizes) * (int64_t)c10::elementSize(dtype) >= large)
-    return at::detail::empty_generic(
-        sizes, &allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+  if (c10::multiply_integers(sizes) * (int64_t)c10::elementSize(dtype) >= large) {
+    at::Tensor block =
+        at::detail::empty_generic(sizes, &allocator(), c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, std::nullopt);
+    return fill ? at::native::fill_empty_deterministic_(block) : block;
+  }
 #endif
-  return at::detail::empty_cpu(sizes, dtype);
+  return fill ? at::empty(sizes, at::TensorOptions(dtype)) : at::detail::empty_cpu(sizes, dtype);
+}
+
+#ifdef __linux__
+MemoryUse memory_use() { return Pool::pool().use(); }
+void empty_cache() { Pool::pool().empty(); }
+#else
+MemoryUse memory_use() { return {}; }
+void empty_cache() {}
+#endif
+
+int64_t fail_allocation(int64_t n) {
+  go_before_torchs();
+  return until_failure.exchange(n);
 }
 
 }  // namespace nnfast

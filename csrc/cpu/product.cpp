@@ -6,6 +6,7 @@
 
 #include "../gate/paths.h"
 #include "cpu.h"
+#include "memory.h"
 
 namespace nnfast {
 namespace {
@@ -47,6 +48,7 @@ Threshold many_rows("product.turn_rows", 2048);
 Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   // What comes here has the dtype it shall have, also where a backward runs inside autocast.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const ForTorch memory(input.size(0) * weight.size(0) * input.element_size());
   if (!one_dnn_serves(input, weight)) return by_torch.taken(), at::linear(input, weight, bias);
   by_one_dnn.taken();
   // It asks input and weight for their strides, and takes the bias for dense.
@@ -58,6 +60,7 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
 Tensor product_tn(const Tensor& a, const Tensor& b) {
   const bool turn = a.size(1) > b.size(1) && a.size(0) >= many_rows && one_dnn_serves(b.t(), a.t());
   if (turn) turned.taken();
+  const ForTorch memory(a.size(1) * b.size(1) * a.element_size());
   return turn ? product(b.t(), a.t()).t().contiguous() : product(a.t(), b.t());
 }
 

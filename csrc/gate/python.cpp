@@ -11,6 +11,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
+#include "../cpu/memory.h"
 #include "ahead.h"
 #include "gate.h"
 #include "optimizer.h"
@@ -275,6 +276,29 @@ PyObject* py_set_threshold(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// memory() -> (live, kept): bytes of large CPU outputs in use, and kept for the next.
+PyObject* py_memory(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  const auto use = memory_use();
+  return Py_BuildValue("LL", (long long)use.live, (long long)use.kept);
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* py_empty_cache(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  empty_cache();
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// fail_allocation(n) -> how many were still to go before the failure asked for last: for tests alone.
+PyObject* py_fail_allocation(PyObject*, PyObject* n) {
+  HANDLE_TH_ERRORS
+  const auto count = PyLong_AsLongLong(n);
+  return PyErr_Occurred() ? nullptr : PyLong_FromLongLong(fail_allocation(count));
+  END_HANDLE_TH_ERRORS
+}
+
 #define FAST(name, function) {name, (PyCFunction)(void (*)(void))function, METH_FASTCALL, nullptr}
 PyMethodDef methods[] = {
     FAST("layer_norm", py_layer_norm),
@@ -285,6 +309,9 @@ PyMethodDef methods[] = {
     FAST("adamw_", py_adamw_),
     FAST("set_threshold", py_set_threshold),
     {"hold", py_hold, METH_O, nullptr},
+    {"memory", py_memory, METH_NOARGS, nullptr},
+    {"empty_cache", py_empty_cache, METH_NOARGS, nullptr},
+    {"fail_allocation", py_fail_allocation, METH_O, nullptr},
     {"paths", py_paths, METH_NOARGS, nullptr},
     {"thresholds", py_thresholds, METH_NOARGS, nullptr},
     {"cpu_kernels", py_cpu_kernels, METH_NOARGS, nullptr},

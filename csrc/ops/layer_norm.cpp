@@ -68,6 +68,20 @@ std::pair<int64_t, int64_t> check_layer_norm(
   return extents;
 }
 
+void check_layer_norm_backward(
+    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats) {
+  const auto fits = [&](const char* name, const Tensor& t, c10::SymIntArrayRef sizes, at::ScalarType dtype) {
+    TORCH_CHECK(
+        t.sym_sizes().equals(sizes) && t.scalar_type() == dtype && t.device() == input.device(),
+        "nnfast::layer_norm_backward: expected ", name, " of size ", sizes, ", ", dtype, " on ", input.device(),
+        ", but got ", t.sym_sizes(), ", ", t.scalar_type(), " on ", t.device());
+  };
+  const auto dtype = input.scalar_type();
+  fits("grad_out", grad_out, input.sym_sizes(), dtype);
+  const auto rows = c10::multiply_integers(input.sym_sizes().slice(0, input.dim() - normalized_shape.size()));
+  fits("stats", stats, {2, rows}, at::toOpMathType(dtype));
+}
+
 namespace {
 
 // ---- shapes, for fake tensors and meta tensors ----
@@ -136,7 +150,7 @@ std::tuple<Tensor, Tensor> layer_norm_autograd(
 }
 
 // The gradient of the gradient is ATen's: its backward is differentiable to any order. It takes the statistics one
-// tensor each, of the input's rank, in the type of the weight or of the input.
+// tensor each, of the input's rank, in the type of the weight or of the input, and reads them as dense.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
     const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
@@ -144,10 +158,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_norm_backward(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
   }
+  check_layer_norm_backward(grad_out, input, normalized_shape, stats);
   c10::SymDimVector shape(input.sym_sizes());
   for (size_t i = shape.size() - normalized_shape.size(); i < shape.size(); ++i) shape[i] = 1;
   const auto affine = (defined(weight) ? *weight : defined(bias) ? *bias : input).scalar_type();
-  const auto stat = [&](int64_t k) { return stats.select(0, k).to(affine).view_symint(shape); };
+  const auto stat = [&](int64_t k) { return stats.select(0, k).to(affine).contiguous().view_symint(shape); };
   return at::native_layer_norm_backward_symint(
       grad_out, input, normalized_shape, stat(0), stat(1), weight, bias, output_mask);
 }

@@ -56,6 +56,10 @@ bool covers_layer_norm(
 std::pair<int64_t, int64_t> check_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     bool kernels = true);
+// What a backward reads beside its inputs comes from anyone who calls the op: torch's kind of error where it does not
+// fit them.
+void check_layer_norm_backward(
+    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
 // torch's kind of error where grad_output is not what gelu(self) gives.
 void check_gelu_backward(const Tensor& grad_output, const Tensor& self);

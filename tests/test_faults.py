@@ -1,0 +1,138 @@
+"""An allocation that fails, each in its turn: torch's error, nothing changed, nothing leaked, and the call works after."""
+
+import contextlib
+import copy
+import itertools
+
+import pytest
+import torch
+from common import DTYPES, every_allocation_fails, failing_allocation, thresholds
+
+import nnfast.nn.functional as F
+import nnfast.optim as optim
+
+pytestmark = pytest.mark.usefixtures("cpu_kernels")
+
+# Outputs as at::empty's, and as blocks of ours; every path that a small case can be led to.
+SMALL = {}
+LOW = {"memory__large_bytes": 256, "linear_gelu__block_bytes": 1, "thread_elements": 64, "stream_bytes": 1}
+PATHS = pytest.mark.parametrize("numbers", [SMALL, LOW], ids=["as they are", "low"])
+
+
+def forward_and_backward(function, *args):
+    """A call that gives the output and every gradient."""
+    leaves = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def call():
+        output = function(*args)
+        return [output.detach(), *torch.autograd.grad(output, leaves, torch.ones(1).to(output).expand_as(output))]
+
+    return call
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layer_norm(numbers, dtype):
+    x, w, b = leaf(70, 64, dtype=dtype), leaf(64, dtype=dtype), leaf(64, dtype=dtype)
+    apart = torch.stack([w, b], -1).detach()
+    with thresholds(**numbers):
+        assert every_allocation_fails(forward_and_backward(F.layer_norm, x, (64,), w, b)) >= 7
+        every_allocation_fails(forward_and_backward(F.layer_norm, x.detach().T.requires_grad_(), (70,)))
+        every_allocation_fails(forward_and_backward(F.layer_norm, x, (64,), apart[:, 0].requires_grad_(), apart[:, 1]))
+
+
+@PATHS
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_gelu(numbers, approximate, dtype):
+    x, w, b = leaf(300, 24, dtype=dtype), leaf(40, 24, dtype=dtype), leaf(40, dtype=dtype)
+    with thresholds(**numbers):
+        call = forward_and_backward(lambda *args: F.linear_gelu(*args, approximate), x, w, b)
+        assert every_allocation_fails(call) >= 6
+        call = forward_and_backward(lambda *args: F.linear_gelu(*args, approximate), x, w.detach(), b)
+        every_allocation_fails(call)
+        for t in (x, x.detach().T.requires_grad_(), x.detach()[:, ::2].requires_grad_()):
+            every_allocation_fails(forward_and_backward(lambda t: F.gelu(t, approximate=approximate), t))
+
+
+@PATHS
+@pytest.mark.parametrize("op", ["layer_norm", "gelu"])  # linear_gelu's lets go of what it saved too early, as yet
+def test_a_backward_that_failed_can_be_taken_again(numbers, op):
+    """The node keeps what it saved until the gradients are there, as torch's do."""
+    x, w, b, g = leaf(300, 24), leaf(24, 24), leaf(24), torch.randn(300, 24)
+    calls = {
+        "layer_norm": (lambda: F.layer_norm(x, (24,), w[0], b), (x, b)),
+        "gelu": (lambda: F.gelu(x), (x,)),
+        "linear_gelu": (lambda: F.linear_gelu(x, w, b), (x, w, b)),
+    }
+    call, leaves = calls[op]
+    with thresholds(**numbers):
+        expected = torch.autograd.grad(call(), leaves, g)
+        for n in itertools.count():
+            output = call()
+            with failing_allocation(n) as failed, contextlib.suppress(RuntimeError):
+                grads = torch.autograd.grad(output, leaves, g)
+            if not failed:
+                break
+            grads = torch.autograd.grad(output, leaves, g)
+            assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True)), n
+        assert n > 0
+
+
+# As yet a count goes up before the gradient's copy can fail, and torch's own first step leaves half a state behind.
+AS_YET = pytest.mark.xfail(reason="a step that raises leaves a change", strict=False)
+
+
+@AS_YET
+@PATHS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"fused": True}, {"lr": torch.tensor(0.1)}], ids=str)
+def test_adamw(numbers, dtype, options):
+    """The counts of steps included."""
+    params = [leaf(30, 20, dtype=dtype), leaf(7, dtype=dtype), leaf(12, 6, dtype=dtype)]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    params[0].grad = torch.randn(20, 30).to(dtype).T
+    optimizer = optim.AdamW(params, **options)
+    optimizer.step()
+
+    def state():
+        return [*params, *(p.grad for p in params), *(t for p in params for t in optimizer.state[p].values())]
+
+    with thresholds(**numbers):
+        every_allocation_fails(lambda: optimizer.step(), state)
+
+
+@AS_YET
+def test_the_first_step_of_adamw():
+    """Whichever allocation of the first step fails, the step that follows is the first."""
+    start = [torch.randn(30, 20), torch.randn(7)]
+    grads = [torch.randn(20, 30).T, torch.randn(7)]
+
+    def optimizer():
+        params = [t.clone().requires_grad_() for t in start]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g
+        return optim.AdamW(params, amsgrad=True), params
+
+    expected, values = optimizer()
+    expected.step()
+    for n in itertools.count():
+        ours, params = optimizer()
+        before = copy.deepcopy(ours.state_dict())
+        with failing_allocation(n) as failed, contextlib.suppress(RuntimeError):
+            ours.step()
+        if not failed:
+            break
+        assert all(torch.equal(p, t) for p, t in zip(params, start, strict=True))
+        assert before["param_groups"] == ours.state_dict()["param_groups"]
+        ours.step()
+        assert all(torch.equal(p, q) for p, q in zip(params, values, strict=True)), n
+        for p, q in zip(params, values, strict=True):
+            pairs = zip(ours.state[p].values(), expected.state[q].values(), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+    assert n > 5
