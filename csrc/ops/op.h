@@ -54,13 +54,9 @@ std::pair<int64_t, int64_t> check_layer_norm(
     bool kernels = true);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
-// One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come
-// in another 16-bit type or float than the parameter.
-bool covers_adamw(
-    const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes = false);
 
-// ---- the ops; their schemas and what they do are in layer_norm.cpp, linear_gelu.cpp and adamw.cpp ----
+// ---- the ops; their schemas and what they do are in layer_norm.cpp and linear_gelu.cpp; those of the
+// optimizers are in optimizer.h ----
 
 std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
@@ -78,13 +74,5 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
     const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
     std::array<bool, 3> output_mask);
-void adamw_(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
-    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
-void adamw_tensor_lr(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
-    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
 
 }  // namespace nnfast
