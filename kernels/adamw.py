@@ -132,7 +132,9 @@ def adamw_kernel(
     if PRESENT & 1 and kind % 4 == 0:
         _update(tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.float32, MAXIMIZE, AMSGRAD, CHUNK)
     if PRESENT & 2 and kind % 4 == 1:
-        _update(tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.bfloat16, MAXIMIZE, AMSGRAD, CHUNK)
+        _update(
+            tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.bfloat16, MAXIMIZE, AMSGRAD, CHUNK
+        )
     if PRESENT & 4 and kind % 4 == 2:
         _update(tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.float16, MAXIMIZE, AMSGRAD, CHUNK)
 

@@ -132,6 +132,7 @@ def test_layouts():
         torch.testing.assert_close(*results, msg=name)
 
 
+@pytest.mark.usefixtures("some_kernels")
 def test_parameters_with_gaps_are_torchs():
     """A8: the kernels want a parameter without gaps; torch serves the others, and only they."""
     holder = torch.randn(8, 12)
@@ -625,6 +626,7 @@ def clipped_in_two(kind, params, grads, max_norm, **options):
     return params, norms
 
 
+@pytest.mark.usefixtures("some_kernels")
 @pytest.mark.parametrize("max_norm", [0.5, 1e9])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_max_grad_norm(dtype, max_norm):
@@ -657,6 +659,7 @@ def test_max_grad_norm(dtype, max_norm):
         assert again.max_grad_norm == max_norm and torch.equal(again.grad_norm, optimizer.grad_norm)
 
 
+@pytest.mark.usefixtures("some_kernels")
 def test_max_grad_norm_where_torch_serves():
     """A parameter with gaps beside one without, and use_backend("torch"): the same."""
     from nnfast.backend import use_backend
@@ -696,6 +699,7 @@ def master_of(optimizer, p):
     return (p.detach().float().view(torch.int32) + optimizer.state[p]["master_param"]).view(torch.float32)
 
 
+@pytest.mark.usefixtures("some_kernels")
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_master_weights(backend):
     """A bfloat16 parameter with its master is the float32 one, to the bit, and what is seen of it is its rounding."""
@@ -770,7 +774,8 @@ def test_masters_of_values_at_the_edge():
         p, low = values[:n].bfloat16(), torch.zeros(n, dtype=torch.int16)
         adamw._split(values[:n], p, low, None)  # the same in Python
         whole = adamw._join(p, low)
-        assert torch.equal(whole.isnan(), values[:n].isnan()) and torch.equal(whole.nan_to_num(), values[:n].nan_to_num())
+        assert torch.equal(whole.isnan(), values[:n].isnan())
+        assert torch.equal(whole.nan_to_num(), values[:n].nan_to_num())
         before = p.clone(), low.clone()
         torch.ops.nnfast.adamw_(
             [p], [torch.zeros_like(p)], [torch.zeros(n)], [torch.ones(n)], [], [low], [torch.tensor(0.0)], lr=0.0,
@@ -780,6 +785,7 @@ def test_masters_of_values_at_the_edge():
         assert torch.equal(p[~p.isnan()], before[0][~p.isnan()])
 
 
+@pytest.mark.usefixtures("some_kernels")
 def test_stochastic_rounding():
     """Small updates count on average, where rounding to nearest loses them; the same from run to run."""
     results = []

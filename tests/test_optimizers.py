@@ -1,4 +1,4 @@
-"""Adam, SGD and RMSprop: what AdamW's rows say (A1 .. A11), for each; and O1, O3. SGD's and RMSprop's file of the house.
+"""Adam, SGD and RMSprop: what AdamW's rows say (A1 .. A11), for each; and O1, O3.
 
 The truth is torch's own loop in float64."""
 
@@ -16,10 +16,16 @@ from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_
 import nnfast.optim as optim
 from nnfast.optim import swap
 
+pytestmark = pytest.mark.usefixtures("some_kernels")
+
 NAMES = {"Adam": "adamw_", "SGD": "sgd_", "RMSprop": "rmsprop_"}
 INFO = {info.optim_cls.__name__: info for info in optim_db}
 OPTIONS = {
-    "Adam": [{}, {"weight_decay": 0.3, "lr": 0.1, "amsgrad": True}, {"maximize": True, "betas": (0.5, 0.9), "eps": 1e-3}],
+    "Adam": [
+        {},
+        {"weight_decay": 0.3, "lr": 0.1, "amsgrad": True},
+        {"maximize": True, "betas": (0.5, 0.9), "eps": 1e-3},
+    ],
     "SGD": [
         {},
         {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
@@ -207,7 +213,8 @@ def test_grad_scaler_beside_what_is_torchs(fused):
         for kind in pair(name):
             a, b = torch.ones(8, 6, requires_grad=True), torch.ones(8, 12)[:, ::2].requires_grad_()
             ours = kind is getattr(optim, name)
-            optimizer, scaler = kind([a, b], lr=0.1, fused=fused and ours), torch.amp.GradScaler("cpu", init_scale=128.0)
+            optimizer = kind([a, b], lr=0.1, fused=fused and ours)
+            scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
             for step in range(4):
                 optimizer.zero_grad()
                 factor = float("inf") if step == 2 else 1.0

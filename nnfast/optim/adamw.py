@@ -99,8 +99,10 @@ class AdamStep(NativeStep):
         if scale is not None:
             norm, exact = norm / scale.to(norm.device), exact / scale.to(exact.device)
         self.grad_norm = norm
-        coef = torch.clamp(self.max_grad_norm / (exact + 1e-6), max=1.0).to(torch.float32)
-        return None if coef.device.type == "cpu" and coef == 1 else coef
+        coef = torch.clamp(self.max_grad_norm / (exact + 1e-6), max=1.0)
+        if coef.device.type != "cpu":
+            return coef.float()
+        return None if coef == 1 else coef
 
     def _step_in_float(self, lists, options) -> None:
         """The step of parameters of which some are bfloat16 and rounded with care, in float32."""

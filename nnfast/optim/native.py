@@ -49,8 +49,8 @@ class NativeStep:
         return loss
 
     def _native_step(self, coef: Tensor | None, skipped: set[Tensor] | None = None) -> bool | list[list[Tensor]]:
-        """True where all but the skipped ones are done. Else nothing is: False where nothing is ours (the gate is shut),
-        or the parameters that are torch's (state is missing, ...), group by group."""
+        """True where all but the skipped ones are done. Else nothing is: False where nothing is ours (a shut gate), or
+        the parameters that are torch's (state is missing, ...), group by group."""
         scale, inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         seed = self._seed if self.stochastic_rounding else None
         call = getattr(module, self._op, None)
@@ -125,6 +125,5 @@ def _clone(t: Tensor | None) -> Tensor | None:
 def _misshapen(lists) -> bool:
     """Whether the state is of another model, which torch finds out in the middle of the update."""
     params, _, *state = lists
-    return any(
-        t is not None and t.shape != p.shape and t.dim() > 0 for kind in state for p, t in zip(params, kind, strict=False)
-    )
+    pairs = ((p, t) for kind in state for p, t in zip(params, kind, strict=False))
+    return any(t is not None and t.shape != p.shape and t.dim() > 0 for p, t in pairs)

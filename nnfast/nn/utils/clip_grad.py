@@ -1,6 +1,5 @@
 import functools
 import types
-import warnings
 
 import torch
 import torch.nn.utils.clip_grad as _torch
