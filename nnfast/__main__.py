@@ -12,7 +12,7 @@ import torch
 import nnfast
 from nnfast import backend
 
-OPS = ("layer_norm", "gelu", "linear_gelu", "adamw_", "sgd_", "rmsprop_", "total_norm")
+OPS = ("layer_norm", "gelu", "linear_gelu", "cross_entropy", "adamw_", "sgd_", "rmsprop_", "total_norm")
 
 
 def rows() -> list[tuple[str, str, str, str]]:
