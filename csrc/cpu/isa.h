@@ -21,15 +21,18 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 #endif
 
 #include "adamw.h"
+#include "clip_grad.h"
 #include "cross_entropy.h"
 #include "layer_norm.h"
 #include "linear.h"
 #include "linear_gelu.h"
+#include "rmsprop.h"
+#include "sgd.h"
 
 namespace nnfast::NNFAST_ISA {
 extern const Kernels kernels = {
-    NNFAST_NAME,       sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd,
-    cross_entropy_fwd, cross_entropy_bwd, sum_rows,  move_sums,      sum_parts,      adamw,
+    NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd, cross_entropy_fwd,
+    cross_entropy_bwd, sum_rows, move_sums, sum_parts, adamw, sgd, rmsprop, sum_of_squares, largest, scale,
 };
 }  // namespace nnfast::NNFAST_ISA
 

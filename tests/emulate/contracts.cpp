@@ -8,5 +8,6 @@
 #define TORCH_LIBRARY_IMPL(ns, key, m) TORCH_LIBRARY_FRAGMENT(ns, m)
 
 #include "ops/adamw.cpp"
+#include "gate/optimizer.cpp"
 #include "ops/layer_norm.cpp"
 #include "ops/linear_gelu.cpp"
