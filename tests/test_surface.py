@@ -16,7 +16,15 @@ import nnfast.nn.functional as F
 from nnfast import backend, nn, optim
 
 OURS = {
-    "nn": {"LayerNorm", "LinearGELU", "GELU", "CrossEntropyLoss", "Sequential", "TransformerEncoderLayer", "functional"},
+    "nn": {
+        "LayerNorm",
+        "LinearGELU",
+        "GELU",
+        "CrossEntropyLoss",
+        "Sequential",
+        "TransformerEncoderLayer",
+        "functional",
+    },
     "nn.functional": {"layer_norm", "gelu", "linear_gelu", "cross_entropy"},
     "optim": {"AdamW"},
 }
