@@ -23,7 +23,32 @@ using torch::autograd::variable_list;
 template <class T>
 struct OpNode : torch::autograd::CppNode<T> {
   std::string name() const override { return T::name; }
+  // The engine says so right before the last backward through this node.
+  void will_release_variables() override { last() = this; }
+
+  static OpNode*& last() {
+    static thread_local OpNode* node = nullptr;
+    return node;
+  }
 };
+
+// The node of ctx if this is the last backward through it, null otherwise. To be asked first of all, on the thread that
+// runs the backward.
+template <class T>
+OpNode<T>* last_backward(const AutogradContext* ctx) {
+  auto* const node = std::exchange(OpNode<T>::last(), nullptr);
+  return node && &node->ctx_ == ctx ? node : nullptr;
+}
+
+// What the node saved goes: a saved tensor that was got from it before is then the caller's alone, unless somebody else
+// holds it.
+template <class T>
+void let_go(OpNode<T>& node) {
+  node.ctx_.save_for_backward({});
+  node.save_variables_to_ctx();
+}
+
+inline bool held_by_nobody_else(const at::Tensor& t) { return t.use_count() == 1 && t.storage().use_count() == 1; }
 
 // The node whose backward is running on this thread, if it is a T.
 template <class T>
