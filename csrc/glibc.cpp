@@ -7,9 +7,9 @@
 extern "C" {
 
 // The linker hands calls of f to __wrap_f (setup.py reads this file for the names).
-#define OLD(result, name, parameters, arguments)                \
-  result old_##name parameters;                                 \
-  __asm__(".symver old_" #name "," #name "@GLIBC_2.2.5");       \
+#define OLD(result, name, parameters, arguments)          \
+  result old_##name parameters;                           \
+  __asm__(".symver old_" #name "," #name "@GLIBC_2.2.5"); \
   __attribute__((visibility("hidden"))) result __wrap_##name parameters { return old_##name arguments; }
 
 OLD(double, exp, (double x), (x))
