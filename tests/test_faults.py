@@ -1,4 +1,4 @@
-"""An allocation that fails, each in its turn: torch's error, nothing changed, nothing leaked, and the call works after."""
+"""An allocation that fails, each in its turn: torch's error, nothing changed or leaked, and the call works after."""
 
 import contextlib
 import copy
