@@ -30,8 +30,9 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 
 namespace nnfast::NNFAST_ISA {
 extern const Kernels kernels = {
-    NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd, cross_entropy_fwd,
-    cross_entropy_bwd, move_sums, sum_parts, adamw, sgd, rmsprop, sum_of_squares, largest, scale,
+    NNFAST_NAME,       sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd,
+    cross_entropy_fwd, cross_entropy_bwd,  move_sums,      sum_parts,      adamw,    sgd,
+    rmsprop,           sum_of_squares,     largest,        scale,
 };
 }  // namespace nnfast::NNFAST_ISA
 

@@ -30,7 +30,8 @@ inline std::optional<Backend> backend_called(const char* name) {
 inline thread_local std::optional<Backend> held = backend_called(std::getenv("NNFAST_BACKEND"));
 
 enum Op { kLayerNorm, kGelu, kLinearGelu, kCrossEntropy, kAdamW, kSgd, kRMSprop, kTotalNorm };
-constexpr std::array kOps = {"layer_norm", "gelu", "linear_gelu", "cross_entropy", "adamw_", "sgd_", "rmsprop_", "total_norm"};
+constexpr std::array kOps = {"layer_norm", "gelu", "linear_gelu", "cross_entropy",
+                             "adamw_",     "sgd_", "rmsprop_",    "total_norm"};
 
 // Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
 // Python registers and then says so.
