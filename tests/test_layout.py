@@ -20,7 +20,7 @@ ROWS = (("L", 11), ("G", 7), ("A", 11), ("C", 2), ("N", 2), ("O", 3), ("X", 3))
 CPU_ONLY = {"clip_grad", "cross_entropy", "linear", "rmsprop", "sgd"}
 # What optimizers share is one file.
 ELSEWHERE = {f"tests/test_{stem}.py": "tests/test_optimizers.py" for stem in ("rmsprop", "sgd")}
-ELSEWHERE |= {f"benchmarks/bench_{stem}.py": "benchmarks/bench_optimizers.py" for stem in ("clip_grad", "rmsprop", "sgd")}
+ELSEWHERE |= {f"benchmarks/bench_{s}.py": "benchmarks/bench_optimizers.py" for s in ("clip_grad", "rmsprop", "sgd")}
 
 # Of csrc/cpu, what the kernels share.
 SHARED = "simd", "elementary", "kernels", "isa", "optimizer"

@@ -7,7 +7,9 @@ namespace nnfast::NNFAST_ISA {
 
 #ifdef NNFAST_AVX512
 NNFAST_INLINE f64v lower(f32v v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
-NNFAST_INLINE f64v upper(f32v v) { return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1))); }
+NNFAST_INLINE f64v upper(f32v v) {
+  return _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+}
 #else
 NNFAST_INLINE f64v lower(f32v v) { return _mm256_cvtps_pd(_mm256_castps256_ps128(v)); }
 NNFAST_INLINE f64v upper(f32v v) { return _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1)); }

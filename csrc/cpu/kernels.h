@@ -86,8 +86,8 @@ struct CrossEntropyBackward {
 struct StepTensor {
   DType dtype, state_dtype;  // the latter float or as dtype
   void *param, *grad;
-  void* state[3];    // in the order of the op's arguments; null where the optimizer keeps none
-  int16_t* master;   // the low 16 bits of a bf16 parameter's float value, or null
+  void* state[3];   // in the order of the op's arguments; null where the optimizer keeps none
+  int16_t* master;  // the low 16 bits of a bf16 parameter's float value, or null
   bool maximize;
   double grad_scale;  // where it is not 1, the gradient is divided by it, and written back so
   double clip_coef;   // where it is not 1, what is then used is multiplied by it

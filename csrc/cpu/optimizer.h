@@ -159,8 +159,7 @@ NNFAST_INLINE auto read_param(const StepTensor& t, int64_t index, Part part) {
 }
 template <bool Exact, class T, class V, class Part>
 NNFAST_INLINE void write_param(const StepTensor& t, int64_t index, V v, Part part) {
-  if constexpr (Exact)
-    return store_master((bf16*)t.param + index, t.master + index, v, part);
+  if constexpr (Exact) return store_master((bf16*)t.param + index, t.master + index, v, part);
   if constexpr (std::is_same_v<T, bf16> && !Exact)
     if (t.stochastic) return store_by_chance((bf16*)t.param + index, v, t.seed, (uint32_t)index, part);
   if constexpr (!Exact) store((T*)t.param + index, v, part);

@@ -43,8 +43,9 @@ NNFAST_INLINE void rmsprop(const RMSpropTensor& t, int64_t begin, int64_t end) {
   visit_step(t, [&](auto e, auto s) {
     using T = decltype(e);
     using S = decltype(s);
-    const auto kernel = t.state[1] ? (t.state[2] ? rmsprop_kernel<T, S, true, true> : rmsprop_kernel<T, S, true, false>)
-                                   : (t.state[2] ? rmsprop_kernel<T, S, false, true> : rmsprop_kernel<T, S, false, false>);
+    const auto kernel = t.state[1]
+                            ? (t.state[2] ? rmsprop_kernel<T, S, true, true> : rmsprop_kernel<T, S, true, false>)
+                            : (t.state[2] ? rmsprop_kernel<T, S, false, true> : rmsprop_kernel<T, S, false, false>);
     kernel(t, begin, end);
   });
 }

@@ -55,7 +55,8 @@ void for_each_chunk(at::TensorList tensors, F f) {
 
 // scalars(lr, t): the numbers of the formula at step t. Whatever can fail comes before the first change.
 template <class Scalars, class Call, class Form>
-void step_cpu(const Call& a, void (*Kernels::*kernel)(const StepOf<Scalars>&, int64_t, int64_t), Path& path, Form form) {
+void step_cpu(
+    const Call& a, void (*Kernels::*kernel)(const StepOf<Scalars>&, int64_t, int64_t), Path& path, Form form) {
   const auto number = [](const OptTensor& t, double otherwise) {
     if (!defined(t)) return otherwise;
     TORCH_CHECK_NOT_IMPLEMENTED(t->numel() == 1, "nnfast::", Call::kName, ": lr and the like are one number");
@@ -83,7 +84,8 @@ void step_cpu(const Call& a, void (*Kernels::*kernel)(const StepOf<Scalars>&, in
     const Tensor* grad = &a.grads[i];
     if (grad->strides() != param.strides()) {
       // Written back in its own order it would be one more thing that can fail.
-      TORCH_CHECK_NOT_IMPLEMENTED(grad_scale == 1, "nnfast::", Call::kName, ": grad_scale with a gradient of other strides");
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          grad_scale == 1, "nnfast::", Call::kName, ": grad_scale with a gradient of other strides");
       reordered_gradient.taken();
       reordered.push_back(at::empty_like(param).copy_(*grad));
       grad = &reordered.back();

@@ -27,7 +27,8 @@ bool covers_step(
     if (!t || !t->defined()) continue;
     if (!first) first = t;
     const auto of_state = t->scalar_type();
-    const bool known = of_state == type || (single(type) && (of_state == at::kFloat || (mixed_dtypes && single(of_state))));
+    const bool known =
+        of_state == type || (single(type) && (of_state == at::kFloat || (mixed_dtypes && single(of_state))));
     if (!known || of_state != first->scalar_type() || !there(*t) || t->strides() != param.strides()) return false;
   }
   if (master && master->defined())

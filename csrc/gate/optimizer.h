@@ -181,10 +181,10 @@ inline bool flags(PyObject* group, std::initializer_list<std::pair<PyObject*, bo
   return true;
 }
 
-#define NNFAST_KEY(name)                                \
-  []() -> PyObject* {                                   \
-    static PyObject* const key = interned(name);        \
-    return key;                                         \
+#define NNFAST_KEY(name)                         \
+  []() -> PyObject* {                            \
+    static PyObject* const key = interned(name); \
+    return key;                                  \
   }()
 
 // lr, a number or a tensor of one, and what all optimizers share. torch refuses a tensor lr with foreach=True, and says
@@ -310,9 +310,8 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
   if (out.capturable && (!step || !step->is_cuda())) return false;  // torch's own error
   // All on one device, with their steps: there, or all on the CPU; and the numbers of a GradScaler with them.
   const auto there = [&](const OptTensor& t) { return !defined(t) || t->device() == param->device(); };
-  if (!out.params.tensors().empty() &&
-      (out.params.tensors()[0].device() != param->device() ||
-       (step && out.state_steps.tensors()[0].device() != step->device())))
+  if (!out.params.tensors().empty() && (out.params.tensors()[0].device() != param->device() ||
+                                        (step && out.state_steps.tensors()[0].device() != step->device())))
     return false;
   if (!there(out.call.grad_scale) || !there(out.call.found_inf) || !there(out.call.tensor_lr) ||
       !there(out.call.clip_coef))
@@ -339,8 +338,8 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
 }
 
 // Everything the update needs, read afresh: nothing is kept from step to step, so nothing can be out of date. `exact`:
-// whether bfloat16 parameters have masters; `skipped`: null, or a set of parameters. False where the group cannot be read
-// at all.
+// whether bfloat16 parameters have masters; `skipped`: null, or a set of parameters. False where the group cannot be
+// read at all.
 template <class Call>
 bool read_group(PyObject* group, StateReader& states, bool exact, PyObject* skipped, Group<Call>& out) {
   if (!PyDict_Check(group)) return false;

@@ -7,9 +7,9 @@
 //
 // with g = -grad when maximizing, and under amsgrad the largest v so far in place of v in the last line. Adam, whose
 // decay is not decoupled, has g = g + weight_decay p in place of the first line.
-// Source: Kingma and Ba, "Adam", 2015; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; Reddi et al., "On the Convergence
-// of Adam and Beyond", 2018. The scalars are formed in double, once a tensor. sqrt(1 - beta2^t) is taken out of the
-// denominator there, which saves a division and a rounding an element.
+// Source: Kingma and Ba, "Adam", 2015; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; Reddi et
+// al., "On the Convergence of Adam and Beyond", 2018. The scalars are formed in double, once a tensor. sqrt(1 -
+// beta2^t) is taken out of the denominator there, which saves a division and a rounding an element.
 #pragma once
 
 #include <cmath>

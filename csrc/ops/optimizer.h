@@ -77,8 +77,8 @@ struct SgdCall {
 
 struct RMSpropCall {
   using List = at::TensorList;
-  using Signature = void(
-      List, List, List, List, List, List, double, double, double, double, double, bool, bool, const OptTensor&);
+  using Signature =
+      void(List, List, List, List, List, List, double, double, double, double, double, bool, bool, const OptTensor&);
   static constexpr const char* kName = "rmsprop_";
   static constexpr std::array kState = {"square_avg", "momentum_buffer", "grad_avg"};
   static constexpr size_t kMaster = 3;  // none
