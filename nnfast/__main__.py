@@ -12,7 +12,7 @@ import torch
 import nnfast
 from nnfast import backend
 
-OPS = ("layer_norm", "gelu", "linear_gelu", "cross_entropy", "adamw_")
+OPS = ("layer_norm", "gelu", "linear_gelu", "cross_entropy", "linear_cross_entropy", "adamw_")
 
 
 def rows() -> list[tuple[str, str, str, str]]:

@@ -14,6 +14,8 @@ _OURS: dict[type, type] = {
     torch.nn.Sequential: nn.Sequential,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.12 on
+    _OURS[torch.nn.LinearCrossEntropyLoss] = nn.LinearCrossEntropyLoss
 _TORCHS = {ours: theirs for theirs, ours in _OURS.items()}
 
 # Left on a module that accelerate swapped, in its __dict__: it travels with deepcopy and pickle, and state_dict

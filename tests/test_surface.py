@@ -16,8 +16,8 @@ import nnfast.nn.functional as F
 from nnfast import backend, nn, optim
 
 OURS = {
-    "nn": {"LayerNorm", "LinearGELU", "GELU", "CrossEntropyLoss", "Sequential", "TransformerEncoderLayer", "functional"},
-    "nn.functional": {"layer_norm", "gelu", "linear_gelu", "cross_entropy"},
+    "nn": {"LayerNorm", "LinearGELU", "GELU", "CrossEntropyLoss", "LinearCrossEntropyLoss", "Sequential", "TransformerEncoderLayer", "functional"},
+    "nn.functional": {"layer_norm", "gelu", "linear_gelu", "cross_entropy", "linear_cross_entropy"},
     "optim": {"AdamW"},
 }
 
@@ -78,7 +78,7 @@ def test_import_is_quiet():
 def test_doctor():
     done = subprocess.run([sys.executable, "-m", "nnfast"], capture_output=True, text=True)
     assert done.returncode == 0 and torch.__version__ in done.stdout
-    for op in ("layer_norm", "gelu", "linear_gelu", "cross_entropy", "adamw_"):
+    for op in ("layer_norm", "gelu", "linear_gelu", "cross_entropy", "linear_cross_entropy", "adamw_"):
         assert op in done.stdout
 
 

@@ -1,6 +1,7 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear_gelu, linear_gelu_pre, cross_entropy: the result, or None where the call is torch's.
+// layer_norm, gelu, linear_gelu, linear_gelu_pre, cross_entropy,
+// linear_cross_entropy: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -149,6 +150,37 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing)
+PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 8)
+    return wrong_arguments(
+        "linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, "
+        "label_smoothing)");
+  int64_t ignore_index, reduction;
+  double label_smoothing;
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain(args[2]) || !is_plain_or_none(args[3]) ||
+      !is_plain_or_none(args[4]) || !unpack_int(args[5], ignore_index) || !unpack_reduction(args[6], reduction) ||
+      !unpack_double(args[7], label_smoothing))
+    Py_RETURN_NONE;
+  const Tensor &input = THPVariable_Unpack(args[0]), &linear_weight = THPVariable_Unpack(args[1]);
+  const Tensor& target = THPVariable_Unpack(args[2]);
+  const OptTensor linear_bias = optional_tensor(args[3]), weight = optional_tensor(args[4]);
+  if (!open(kLinearCrossEntropy, input) || !ordinary(input) || !ordinary(linear_weight) || !ordinary(target) ||
+      !ordinary(linear_bias) || !ordinary(weight) ||
+      !covers_linear_cross_entropy(
+          input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing))
+    Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = std::get<0>(linear_cross_entropy(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing));
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
 // Elements from which other Python threads may run during a step, some milliseconds. What they could let go of is then
 // held by references.
 Threshold release_gil("release_gil_elements", int64_t(1) << 24);
@@ -262,6 +294,7 @@ PyMethodDef methods[] = {
     FAST("linear_gelu", py_linear_gelu<false>),
     FAST("linear_gelu_pre", py_linear_gelu<true>),
     FAST("cross_entropy", py_cross_entropy),
+    FAST("linear_cross_entropy", py_linear_cross_entropy),
     FAST("adamw_", py_adamw_),
     FAST("set_threshold", py_set_threshold),
     {"hold", py_hold, METH_O, nullptr},
