@@ -376,7 +376,8 @@ def linear_compare(input, linear_weight, target, keywords, grad_out=None):
     exact = {k: double(v) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
     with served("linear_cross_entropy"):
         ours = linear_run(F.linear_cross_entropy, input, linear_weight, target, keywords, grad_out)
-    torchs = linear_run(functools.partial(two_calls, TF.cross_entropy), input, linear_weight, target, keywords, grad_out)
+    theirs = functools.partial(two_calls, TF.cross_entropy)
+    torchs = linear_run(theirs, input, linear_weight, target, keywords, grad_out)
     formula = functools.partial(two_calls, reference.cross_entropy)
     true = linear_run(formula, double(input), double(linear_weight), target, exact, grad_out)
     # What is summed up, where it cancels: the logits in the loss, where there is one class the softmax and its class.

@@ -165,8 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
   const int64_t part = std::max<int64_t>(1, part_bytes / (features * input.element_size()));
   if (blocks > 1) in_blocks.taken();
   const bool each = reduction == at::Reduction::None;
-  const double total =
-      reduction == at::Reduction::Mean ? *total_weight(target, weight, classes, ignore_index) : 1.0;
+  const double total = reduction == at::Reduction::Mean ? *total_weight(target, weight, classes, ignore_index) : 1.0;
   const auto dtype = input.scalar_type(), acc = at::toOpMathType(dtype);
   const bool backward = mask[0] || mask[1] || mask[2];
   const Tensor losses = empty({rows}, acc), w_t = linear_weight.t();

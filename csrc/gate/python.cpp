@@ -168,8 +168,7 @@ PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t c
   const OptTensor linear_bias = optional_tensor(args[3]), weight = optional_tensor(args[4]);
   if (!open(kLinearCrossEntropy, input) || !ordinary(input) || !ordinary(linear_weight) || !ordinary(target) ||
       !ordinary(linear_bias) || !ordinary(weight) ||
-      !covers_linear_cross_entropy(
-          input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing))
+      !covers_linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing))
     Py_RETURN_NONE;
   Tensor output;
   {

@@ -153,8 +153,7 @@ bool covers_linear_cross_entropy(
   if (at::autocast::is_autocast_enabled(at::kCPU) && all(autocast_takes)) {
     type = at::autocast::get_autocast_dtype(at::kCPU);
     dtype = at::kFloat;
-  }
-  else if (!all([&](at::ScalarType t) { return known_dtype(t) && t == type; }))
+  } else if (!all([&](at::ScalarType t) { return known_dtype(t) && t == type; }))
     return false;
   return covers_classes(target, weight, classes, ignore_index, label_smoothing, type, dtype);
 }
@@ -197,12 +196,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_meta(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor&, const OptTensor&,
     int64_t reduction, int64_t, double, std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
   const auto options = input.options().dtype(dtype.value_or(input.scalar_type()));
-  const Tensor output = at::empty_symint(
-      reduction == at::Reduction::None ? target.sym_sizes() : c10::SymIntArrayRef(), options);
+  const Tensor output =
+      at::empty_symint(reduction == at::Reduction::None ? target.sym_sizes() : c10::SymIntArrayRef(), options);
   return std::tuple_cat(
       std::make_tuple(output),
-      linear_cross_entropy_backward_meta(
-          output, input, linear_weight, target, {}, {}, reduction, 0, 0, output_mask));
+      linear_cross_entropy_backward_meta(output, input, linear_weight, target, {}, {}, reduction, 0, 0, output_mask));
 }
 
 // ---- autograd ----
