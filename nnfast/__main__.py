@@ -12,7 +12,18 @@ import torch
 import nnfast
 from nnfast import backend
 
-OPS = ("layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "adamw_", "sgd_", "rmsprop_", "total_norm")
+OPS = (
+    "layer_norm",
+    "gelu",
+    "linear",
+    "linear_gelu",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "adamw_",
+    "sgd_",
+    "rmsprop_",
+    "total_norm",
+)
 
 
 def rows() -> list[tuple[str, str, str, str]]:

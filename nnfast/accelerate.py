@@ -26,6 +26,8 @@ _OURS: dict[type, type] = {
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.12 on
+    _OURS[torch.nn.LinearCrossEntropyLoss] = nn.LinearCrossEntropyLoss
 
 # Left on a module that accelerate swapped, in its __dict__: the class it had. It travels with deepcopy and pickle, and
 # state_dict does not see it.

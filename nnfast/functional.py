@@ -27,6 +27,7 @@ copyreg.pickle(_Follower, lambda _: (_new_follower, ()))
 _layer_norm, _gelu = _ours.layer_norm, _ours.gelu
 _linear, _linear_gelu = _ours.linear, _ours.linear_gelu
 _cross_entropy = native.cross_entropy if native else _torchs
+_linear_cross_entropy = native.linear_cross_entropy if native else _torchs
 
 
 def layer_norm(
@@ -251,6 +252,78 @@ def cross_entropy(
             torch_serves("cross_entropy")
         return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options=None,
+) -> Tensor:
+    r"""``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, and never all of the logits at once.
+
+    As torch's function of this name, which torch 2.12 and newer have. The logits of a block of rows are made, read and
+    let go; where the loss is reduced to a number, their gradient is taken on the spot, so that three products are all
+    there is. Equal to the two calls to rounding (the loss's formula: ``csrc/math/cross_entropy.h``).
+
+    Args:
+        input: ``(N, in_features)``. ``(in_features,)``, and a loss of more dimensions, are torch's.
+        linear_weight: ``(C, in_features)``, in the input's dtype.
+        target: ``(N,)``, int64 class indices. Probabilities are torch's.
+        linear_bias: ``(C,)`` or None.
+        weight, reduction, label_smoothing: as in :func:`cross_entropy`.
+        ignore_index: None is -100.
+        options: torch's ``LinearCrossEntropyOptions``, for its own way in chunks.
+
+    Returns:
+        A scalar, or ``(N,)`` without a reduction, in the input's dtype; float32 where autocast is on.
+
+    Raises:
+        IndexError, RuntimeError: torch's own, for classes out of range, and shapes or dtypes that do not fit.
+    """
+    if not is_compiling():
+        if options is None:
+            ignored = -100 if ignore_index is None else ignore_index
+            output = _linear_cross_entropy(
+                input, linear_weight, target, linear_bias, weight, ignored, reduction, label_smoothing
+            )
+            if output is not None:
+                return output
+        torch_serves("linear_cross_entropy")
+    return _torchs_linear_cross_entropy(
+        input,
+        linear_weight,
+        target,
+        linear_bias=linear_bias,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        options=options,
+    )
+
+
+def _two_calls(
+    input, linear_weight, target, *, linear_bias, weight, reduction, ignore_index, label_smoothing, options
+) -> Tensor:
+    """What torch's function means, for a torch that has none."""
+    if options is not None:
+        raise TypeError(f"linear_cross_entropy: torch {torch.__version__} knows no options")
+    classes = linear_weight.shape[:-1]
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = _F.linear(input, linear_weight.flatten(0, -2), bias).unflatten(-1, classes)
+    ignored = -100 if ignore_index is None else ignore_index
+    return _F.cross_entropy(
+        logits, target, weight, ignore_index=ignored, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+_torchs_linear_cross_entropy = getattr(_F, "linear_cross_entropy", _two_calls)
 
 # In a script that calls them, these are torch's builtin operators.
 register_builtin(layer_norm, "aten::layer_norm")

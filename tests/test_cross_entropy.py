@@ -1,5 +1,6 @@
 """Cross-entropy: values, gradients, layouts, dtypes, memory. C1 and C2 are rows of the contract (tests/README.md)."""
 
+import functools
 import gc
 import itertools
 
@@ -12,6 +13,7 @@ import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 from nnfast import reference
+from nnfast.benchmarks.harness import peak_memory
 
 # Shapes of the input: a single class, fewer classes than a register and than a block of four, one over and one under,
 # more than two chunks of a row, one row, and classes that lie last in memory beside dimensions of the target.
@@ -339,3 +341,186 @@ def test_module():
         assert type(nnfast.accelerate(theirs)) is nn.CrossEntropyLoss
         torch.testing.assert_close(torch.jit.script(ours)(x, target), ours(x, target))
         assert type(nnfast.restore(theirs)) is torch.nn.CrossEntropyLoss
+
+
+# ---- linear_cross_entropy ----
+
+
+def linear_inputs(dtype, requires_grad=True, shapes=((1, 3, 1), (9, 5, 7), (40, 24, 70), (33, 16, 129))):
+    """(input, linear_weight, target, keywords) over shapes (rows, features, classes) and options."""
+    for (n, h, c), reduction, biased, smoothing in itertools.product(shapes, REDUCTIONS, (False, True), (0.0, 0.2)):
+
+        def make(*size):
+            return torch.randn(size, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
+
+        keywords = {"reduction": reduction, "label_smoothing": smoothing}
+        if biased:
+            keywords |= {"linear_bias": make(c), "weight": torch.rand(c, dtype=torch.float64).to(dtype) + 0.1}
+        if n > 1:
+            keywords["ignore_index"] = 0
+        yield make(n, h), make(c, h), torch.randint(c, (n,)), keywords
+
+
+def two_calls(function, input, linear_weight, target, linear_bias=None, **keywords):
+    return function(TF.linear(input, linear_weight, linear_bias), target, **keywords)
+
+
+def linear_run(function, input, linear_weight, target, keywords, grad_out=None):
+    output = function(input, linear_weight, target, **keywords)
+    leaves = [t for t in (input, linear_weight, keywords.get("linear_bias")) if t is not None and t.requires_grad]
+    grad_out = torch.ones_like(output) if grad_out is None else grad_out.to(output.dtype)
+    return [output, *torch.autograd.grad(output, leaves, grad_out)]
+
+
+def linear_compare(input, linear_weight, target, keywords, grad_out=None):
+    exact = {k: double(v) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    with served("linear_cross_entropy"):
+        ours = linear_run(F.linear_cross_entropy, input, linear_weight, target, keywords, grad_out)
+    theirs = functools.partial(two_calls, TF.cross_entropy)
+    torchs = linear_run(theirs, input, linear_weight, target, keywords, grad_out)
+    formula = functools.partial(two_calls, reference.cross_entropy)
+    true = linear_run(formula, double(input), double(linear_weight), target, exact, grad_out)
+    # What is summed up, where it cancels: the logits in the loss, where there is one class the softmax and its class.
+    scale = 4 * input.shape[1] ** 0.5
+    for i, (a, b, t) in enumerate(zip(ours, torchs, true, strict=True)):
+        one_class = (1.0 + scale) * (len(linear_weight) == 1)
+        assert_close(a, b, t, f"{tuple(input.shape)} {keywords}: {i}", one_class if i else scale)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_cross_entropy(dtype):
+    """C2: equals the two calls to rounding, in one block and in many, for any gradient of the loss."""
+    for input, weight, target, keywords in linear_inputs(dtype):
+        grad_out = random_grad(target, keywords)
+        linear_compare(input, weight, target, keywords, grad_out)
+        block, part = 8 * len(weight) * input.element_size(), 16 * input.shape[1] * input.element_size()
+        with thresholds(linear_cross_entropy__block_bytes=block, linear_cross_entropy__part_bytes=part):
+            paths = ["linear_cross_entropy.blocks"] if len(input) > 8 else []
+            with served(*paths):
+                linear_compare(input, weight, target, keywords, grad_out)
+                linear_compare(input, weight, target, keywords)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_linear_cross_entropy_layouts_and_wanted_gradients():
+    """C2: any strides of every argument; None where torch has None."""
+    for mask in itertools.product((True, False), repeat=3):
+        if not any(mask):
+            continue
+        input, weight = torch.randn(7, 20).t()[:20:2], torch.randn(7, 11).t()
+        bias, target = torch.randn(22)[::2], torch.randint(11, (10, 2))[:, 0]
+        for t, wanted in zip((input, weight, bias), mask, strict=True):
+            t.requires_grad_(wanted)
+        for reduction in REDUCTIONS:
+            keywords = {"linear_bias": bias, "reduction": reduction, "weight": torch.rand(22)[::2]}
+            with thresholds(linear_cross_entropy__block_bytes=160):
+                linear_compare(input, weight, target, keywords)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_linear_cross_entropy_again_and_twice():
+    """C2: a second backward, gradients that are added to in place, the second derivative, checkpointing."""
+    for input, weight, target, keywords in linear_inputs(torch.float64, shapes=[(3, 2, 4)]):
+        leaves = [t for t in (input, weight, keywords.pop("linear_bias", None)) if t is not None]
+
+        def call(x, w, b=None, target=target, keywords=keywords):
+            return F.linear_cross_entropy(x, w, target, linear_bias=b, **keywords)
+
+        assert torch.autograd.gradcheck(call, leaves) and torch.autograd.gradgradcheck(call, leaves)
+        loss = call(*leaves).sum()
+        first = torch.autograd.grad(loss, leaves, retain_graph=True)
+        kept = [g.clone() for g in first]
+        for g in first:
+            g.zero_()
+        for g, k in zip(torch.autograd.grad(loss, leaves, torch.tensor(3.0).double()), kept, strict=True):
+            torch.testing.assert_close(g, 3 * k)
+        a = [t.detach().requires_grad_() for t in leaves]
+        torch.utils.checkpoint.checkpoint(lambda *t, call=call: call(*t).sum(), *a, use_reentrant=False).backward()
+        torch.testing.assert_close([t.grad for t in a], kept)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", HALF)
+def test_linear_cross_entropy_under_autocast(dtype):
+    """C2: the products in the lower precision, the loss in float32."""
+    for input, weight, target, keywords in linear_inputs(torch.float32, shapes=[(40, 24, 70)]):
+        with torch.autocast("cpu", dtype=dtype), served("linear_cross_entropy"):
+            ours = linear_run(F.linear_cross_entropy, input, weight, target, keywords)
+        with torch.autocast("cpu", dtype=dtype):
+            torchs = linear_run(functools.partial(two_calls, TF.cross_entropy), input, weight, target, keywords)
+        exact = {k: double(v) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+        formula = functools.partial(two_calls, reference.cross_entropy)
+        true = linear_run(formula, double(input), double(weight), target, exact)
+        for i, (a, b, t) in enumerate(zip(ours, torchs, true, strict=True)):
+            assert_close(a, b, t, f"{keywords}: {i}")
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_linear_cross_entropy_never_holds_all_logits():
+    """C2: a block of them, and the gradients."""
+    x, w = torch.randn(512, 16, requires_grad=True), torch.randn(4096, 16, requires_grad=True)
+    target, logits = torch.randint(4096, (512,)), 512 * 4096 * 4
+    torch.use_deterministic_algorithms(False)
+
+    def call():
+        torch.autograd.grad(F.linear_cross_entropy(x, w, target), (x, w))
+
+    with thresholds(linear_cross_entropy__block_bytes=logits // 8, linear_cross_entropy__part_bytes=1 << 15):
+        assert peak_memory(call, "cpu") < logits // 8 + 4 * (x.nbytes + w.nbytes)
+
+
+def test_linear_cross_entropy_errors_and_what_is_torchs():
+    """C1, C2: torch's errors; 1-D inputs, probabilities and losses of more dimensions are torch's."""
+    if not hasattr(TF, "linear_cross_entropy"):
+        pytest.skip("torch 2.12 has it")
+    x, w, target = torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 4])
+    for args, keywords in (
+        ((x, w, torch.tensor([0, 5, 1])), {}),
+        ((x, w, target[:2]), {}),
+        ((x, w[:, :3], target), {}),
+        ((x, w.double(), target), {}),
+        ((x, w, target), {"linear_bias": torch.randn(4)}),
+        ((x, w, target), {"reduction": "most"}),
+        ((x, w, target, torch.rand(5)), {}),
+    ):
+        with pytest.raises(Exception) as ours:
+            F.linear_cross_entropy(*args, **keywords)
+        with pytest.raises(Exception) as theirs:
+            TF.linear_cross_entropy(*args, **keywords)
+        said = [str(e.value).replace("nnfast.functional.", "") for e in (ours, theirs)]
+        assert type(ours.value) is type(theirs.value) and said[0] == said[1], keywords
+    deep = torch.randn(5, 2, 4), torch.randint(5, (3, 2))
+    for args in ((x[0], w, target[0]), (x, w, torch.rand(3, 5)), (x, *deep), (x[:0], w, target[:0])):
+        ours, theirs = F.linear_cross_entropy(*args), TF.linear_cross_entropy(*args)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_linear_opcheck():
+    ops = torch.ops.nnfast
+    for x, w, target, k in linear_inputs(torch.float32, shapes=[(4, 3, 7)]):
+        args = (x, w, target, k.get("linear_bias"), k.get("weight"), REDUCTIONS.index(k["reduction"]), 0)
+        torch.library.opcheck(ops.linear_cross_entropy.default, (*args, k["label_smoothing"]))
+        args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+        grad = torch.ones(4 if k["reduction"] == "none" else ())
+        torch.library.opcheck(ops.linear_cross_entropy_backward.default, (grad, *args, 0.0, (True, True, True)))
+
+
+def test_linear_module():
+    """C1: keys, names and values as torch's, and as the two modules'."""
+    for keywords in ({}, {"bias": True, "reduction": "sum", "ignore_index": 1}, {"out_features": (2,), "bias": True}):
+        torch.manual_seed(1)
+        ours = nn.LinearCrossEntropyLoss(4, 6, **keywords)
+        torch.manual_seed(1)
+        linear = torch.nn.Linear(4, 6 * (2 if "out_features" in keywords else 1), bias=keywords.get("bias", False))
+        assert list(ours.state_dict()) == [f"linear.{name}" for name in linear.state_dict()]
+        x, target = torch.randn(5, 4), torch.randint(6, (5, 2) if "out_features" in keywords else (5,))
+        logits = linear(x).unflatten(-1, (6, -1)) if "out_features" in keywords else linear(x)
+        ignored = keywords.get("ignore_index", -100)
+        expected = TF.cross_entropy(logits, target, reduction=keywords.get("reduction", "mean"), ignore_index=ignored)
+        torch.testing.assert_close(ours(x, target), expected)
+        if hasattr(torch.nn, "LinearCrossEntropyLoss"):
+            theirs = torch.nn.LinearCrossEntropyLoss(4, 6, **keywords)
+            assert repr(ours) == repr(theirs) and isinstance(ours, torch.nn.LinearCrossEntropyLoss)
+            ours.load_state_dict(theirs.state_dict(), strict=True)

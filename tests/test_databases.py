@@ -41,6 +41,13 @@ def cross_entropy_formula(input, target, weight=None, ignore_index=-100, reducti
     return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 
 
+def linear_then_cross_entropy(input, linear_weight, target, *, linear_bias=None, ignore_index=None, **keywords):
+    ignored = -100 if ignore_index is None else ignore_index
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = TF.linear(input, linear_weight.flatten(0, -2), bias).unflatten(-1, linear_weight.shape[:-1])
+    return TF.cross_entropy(logits, target, ignore_index=ignored, **keywords)
+
+
 # The database's name, ours, torch's, the formula.
 FUNCTIONS = [
     ("nn.functional.layer_norm", F.layer_norm, TF.layer_norm, layer_norm_formula),
@@ -49,7 +56,9 @@ FUNCTIONS = [
     ("nn.functional.linear", F.linear, TF.linear, TF.linear),
     ("nn.functional.linear", F.linear_gelu, torchs_linear_gelu, reference.linear_gelu),
     ("nn.functional.cross_entropy", F.cross_entropy, TF.cross_entropy, cross_entropy_formula),
+    ("nn.functional.linear_cross_entropy", F.linear_cross_entropy, *2 * (linear_then_cross_entropy,)),
 ]
+FUNCTIONS = [f for f in FUNCTIONS if f[0] in OPS]  # torch 2.12 has linear_cross_entropy
 names = [f[0] for f in FUNCTIONS]
 
 
@@ -125,6 +134,8 @@ CLASSES = [
     (torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),
     (torch.nn.TransformerEncoder, encoder, torch.nn.TransformerEncoder),
 ]
+if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.12 on
+    CLASSES.append((torch.nn.LinearCrossEntropyLoss, nn.LinearCrossEntropyLoss, torch.nn.LinearCrossEntropyLoss))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -16,9 +16,9 @@ import nnfast.nn.functional as F
 from nnfast import backend, nn, optim
 
 OURS = {
-    "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "CrossEntropyLoss", "TransformerEncoderLayer"}
-    | {"functional", "utils"},
-    "nn.functional": {"layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy"},
+    "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "CrossEntropyLoss", "LinearCrossEntropyLoss"}
+    | {"TransformerEncoderLayer", "functional", "utils"},
+    "nn.functional": {"layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy"},
     "optim": {"Adam", "AdamW", "RMSprop", "SGD"},
 }
 
@@ -80,7 +80,7 @@ def test_import_is_quiet():
 def test_doctor():
     done = subprocess.run([sys.executable, "-m", "nnfast"], capture_output=True, text=True)
     assert done.returncode == 0 and torch.__version__ in done.stdout
-    for op in ("layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "adamw_"):
+    for op in ("layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy", "adamw_"):
         assert op in done.stdout
 
 

@@ -1,18 +1,23 @@
-// Cross-entropy on a CPU: memory, threads, and the sum over rows. The arithmetic is in cross_entropy.h.
+// Cross-entropy on a CPU, of logits and of what a linear layer makes them of: memory, threads, and the sum over rows.
+// The arithmetic is in cross_entropy.h.
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Reduction.h>
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "../gate/paths.h"
 #include "../ops/op.h"
 #include "cpu.h"
 #include "memory.h"
+#include "product.h"
 
 namespace nnfast {
 namespace {
 
-Path forward("cross_entropy"), backward("cross_entropy_backward"), overwritten("cross_entropy_backward_");
+Path forward("cross_entropy"), backward("cross_entropy_backward"), overwritten("cross_entropy_backward_"),
+    linear_forward("linear_cross_entropy"), linear_backward("linear_cross_entropy_backward"),
+    in_blocks("linear_cross_entropy.blocks");
 
 // What forward and backward read alike. Every tensor of it is made here, before anything is written.
 struct Logits {
@@ -47,14 +52,17 @@ double sum(const Tensor& t) {
   return total;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_cpu(
-    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
-    double label_smoothing, std::optional<at::ScalarType> dtype) {
-  const auto type = dtype.value_or(input.scalar_type());
-  const Logits x(input, target, weight, reduction, ignore_index, label_smoothing, type);
-  forward.taken();
-  const int64_t rows = target.numel();
-  Tensor stats = empty({2, rows}, x.acc), losses = empty(target.sizes(), x.acc);
+Tensor reduced(const Tensor& losses, int64_t reduction, double total, at::ScalarType type) {
+  if (reduction == at::Reduction::None) return losses.to(type);
+  Tensor output = empty({}, type);
+  output.fill_((losses.scalar_type() == at::kDouble ? sum<double>(losses) : sum<float>(losses)) / total);
+  return output;
+}
+
+void cross_entropy_losses(
+    const Tensor& input, const Logits& x, int64_t ignore_index, double label_smoothing, const Tensor& stats,
+    const Tensor& losses) {
+  const int64_t rows = x.target.numel();
   const CrossEntropyForward f{
       cpu_dtype(input),
       x.size,
@@ -69,11 +77,18 @@ std::tuple<Tensor, Tensor> cross_entropy_cpu(
       losses.mutable_data_ptr()};
   at::parallel_for(
       0, rows, row_grain(x.size), [&](int64_t begin, int64_t end) { cpu_kernels()->cross_entropy(f, begin, end); });
-  if (reduction == at::Reduction::None) return {losses.to(type), stats};
-  const double loss = (x.acc == at::kDouble ? sum<double>(losses) : sum<float>(losses)) / x.total;
-  Tensor output = empty({}, type);
-  output.fill_(loss);
-  return {output, stats};
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_cpu(
+    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<at::ScalarType> dtype) {
+  const auto type = dtype.value_or(input.scalar_type());
+  const Logits x(input, target, weight, reduction, ignore_index, label_smoothing, type);
+  forward.taken();
+  const int64_t rows = target.numel();
+  Tensor stats = empty({2, rows}, x.acc), losses = empty(target.sizes(), x.acc);
+  cross_entropy_losses(input, x, ignore_index, label_smoothing, stats, losses);
+  return {reduced(losses, reduction, x.total, type), stats};
 }
 
 // The gradient is written to grad_input, rows of it one after another.
@@ -129,12 +144,91 @@ void cross_entropy_backward_cpu_(
   cross_entropy_grad(grad_out, input, stats, x, reduction, ignore_index, label_smoothing, input);
 }
 
+// The logits of a block of rows take so many bytes: few enough to be little beside the weight and its gradient, enough
+// that adding a block's part to that gradient is little beside its three products.
+Threshold block_bytes("linear_cross_entropy.block_bytes", int64_t(64) << 20);
+// The weight's gradient is added up so many bytes at a time, which stay in the cache.
+Threshold part_bytes("linear_cross_entropy.part_bytes", int64_t(16) << 20);
+
+// The loss, and the gradients that the mask asks for, of which grad_out is the loss's: one number, or one a row.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
+    const OptTensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, at::ScalarType type, std::array<bool, 3> mask) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      cpu_kernels() && covers_linear_cross_entropy(
+                           input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, type),
+      "nnfast::linear_cross_entropy does not cover this call; nnfast.nn.functional hands it to torch");
+  const int64_t rows = input.size(0), features = input.size(1), classes = linear_weight.size(0);
+  const int64_t at_most = std::max<int64_t>(1, block_bytes / (classes * input.element_size()));
+  const int64_t blocks = (rows + at_most - 1) / at_most, block = (rows + blocks - 1) / blocks;
+  const int64_t part = std::max<int64_t>(1, part_bytes / (features * input.element_size()));
+  if (blocks > 1) in_blocks.taken();
+  const bool each = reduction == at::Reduction::None;
+  const double total = reduction == at::Reduction::Mean ? *total_weight(target, weight, classes, ignore_index) : 1.0;
+  const auto dtype = input.scalar_type(), acc = at::toOpMathType(dtype);
+  const bool backward = mask[0] || mask[1] || mask[2];
+  const Tensor losses = empty({rows}, acc), w_t = linear_weight.t();
+  const Tensor one = at::ones({}, at::TensorOptions(acc)), grad = defined(grad_out) ? *grad_out : one;
+  Tensor grad_input = mask[0] ? empty({rows, features}, dtype) : Tensor();
+  Tensor grad_weight = mask[1] && blocks > 1 ? empty({classes, features}, acc) : Tensor(), grad_bias;
+  for (int64_t row = 0; row < rows; row += block) {
+    const int64_t count = std::min(block, rows - row);
+    const Tensor x = input.narrow(0, row, count), y = target.narrow(0, row, count);
+    const Tensor logits = product(x, linear_weight, linear_bias).contiguous();
+    Logits l(logits, y, weight, at::Reduction::None, ignore_index, label_smoothing, type);
+    const Tensor stats = empty({2, count}, acc);
+    cross_entropy_losses(logits, l, ignore_index, label_smoothing, stats, losses.narrow(0, row, count));
+    if (!backward) continue;
+    l.total = total;
+    cross_entropy_grad(
+        each ? grad.narrow(0, row, count) : grad, logits, stats, l, reduction, ignore_index, label_smoothing, logits);
+    if (mask[0]) grad_input.narrow(0, row, count).copy_(product(logits, w_t));
+    if (mask[1] && blocks == 1) grad_weight = product_tn(logits, x);
+    if (mask[1] && blocks > 1)
+      for (int64_t c = 0; c < classes; c += part) {
+        const int64_t some = std::min(part, classes - c);
+        const Tensor sum = grad_weight.narrow(0, c, some), added = product_tn(logits.narrow(1, c, some), x);
+        row == 0 ? sum.copy_(added) : sum.add_(added);
+      }
+    if (mask[2]) {
+      const Tensor added = logits.sum(0, false, acc);
+      grad_bias = row == 0 ? added : grad_bias.add_(added);
+    }
+  }
+  const auto rounded = [&](const Tensor& t) { return t.defined() ? t.to(dtype) : t; };
+  return {reduced(losses, reduction, total, type), grad_input, rounded(grad_weight), rounded(grad_bias)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_cpu(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
+    const OptTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
+  linear_forward.taken();
+  return linear_cross_entropy_in_blocks(
+      std::nullopt, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+      dtype.value_or(input.scalar_type()), output_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_cpu(
+    const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::array<bool, 3> output_mask) {
+  linear_backward.taken();
+  auto [loss, grad_input, grad_weight, grad_bias] = linear_cross_entropy_in_blocks(
+      grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+      grad_out.scalar_type(), output_mask);
+  return {grad_input, grad_weight, grad_bias};
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nnfast, CPU, m) {
   m.impl("cross_entropy", cross_entropy_cpu);
   m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
   m.impl("cross_entropy_backward_", cross_entropy_backward_cpu_);
+  m.impl("linear_cross_entropy", linear_cross_entropy_cpu);
+  m.impl("linear_cross_entropy_backward", linear_cross_entropy_backward_cpu);
 }
 
 }  // namespace nnfast

@@ -1,7 +1,7 @@
 // The extension module nnfast._C_<torch's minor version>: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear, linear_gelu, cross_entropy: the result, or None where the call is torch's.
-// adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what is left to torch.
+// layer_norm, gelu, linear, linear_gelu, cross_entropy, linear_cross_entropy: the result, or None where the call is
+// torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what is left to torch.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -167,6 +167,36 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   {
     pybind11::gil_scoped_release no_gil;
     output = std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing));
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+// linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing)
+PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 8)
+    return wrong_arguments(
+        "linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, "
+        "label_smoothing)");
+  int64_t ignore_index, reduction;
+  double label_smoothing;
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain(args[2]) || !is_plain_or_none(args[3]) ||
+      !is_plain_or_none(args[4]) || !unpack_int(args[5], ignore_index) || !unpack_reduction(args[6], reduction) ||
+      !unpack_double(args[7], label_smoothing))
+    Py_RETURN_NONE;
+  const Tensor &input = THPVariable_Unpack(args[0]), &linear_weight = THPVariable_Unpack(args[1]);
+  const Tensor& target = THPVariable_Unpack(args[2]);
+  const OptTensor linear_bias = optional_tensor(args[3]), weight = optional_tensor(args[4]);
+  if (!open(kLinearCrossEntropy, input) || !ordinary(input) || !ordinary(linear_weight) || !ordinary(target) ||
+      !ordinary(linear_bias) || !ordinary(weight) ||
+      !covers_linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing))
+    Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = std::get<0>(linear_cross_entropy(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing));
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
@@ -368,6 +398,7 @@ PyMethodDef methods[] = {
     FAST("linear", py_linear),
     FAST("linear_gelu", py_linear_gelu),
     FAST("cross_entropy", py_cross_entropy),
+    FAST("linear_cross_entropy", py_linear_cross_entropy),
     FAST("adamw_", py_step<AdamWCall>),
     FAST("sgd_", py_step<SgdCall>),
     FAST("rmsprop_", py_step<RMSpropCall>),

@@ -5,6 +5,7 @@
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
 #include <ATen/ops/ones.h>
 #include <torch/library.h>
 
@@ -26,6 +27,17 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def(
       "cross_entropy_backward_(Tensor grad_out, Tensor(a!) input, Tensor stats, Tensor target, Tensor? weight,"
       " int reduction, int ignore_index, float label_smoothing) -> ()");
+  // The cross-entropy of input linear_weight^T + linear_bias, of which a block of rows exists at a time; and, where
+  // output_mask asks for them, its gradients for a gradient of 1, of a loss that is reduced.
+  m.def(
+      "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None,"
+      " Tensor? weight=None, int reduction=1, int ignore_index=-100, float label_smoothing=0.0, *,"
+      " ScalarType? dtype=None, bool[3] output_mask=[False, False, False])"
+      " -> (Tensor output, Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor grad_out, Tensor input, Tensor linear_weight, Tensor target,"
+      " Tensor? linear_bias, Tensor? weight, int reduction, int ignore_index, float label_smoothing,"
+      " bool[3] output_mask) -> (Tensor grad_input, Tensor grad_linear_weight, Tensor grad_linear_bias)");
 }
 
 std::tuple<Tensor, Tensor> cross_entropy(
@@ -49,6 +61,25 @@ void cross_entropy_backward_(
   op.call(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
+    const OptTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
+  static const auto op = find_op<decltype(linear_cross_entropy)>("linear_cross_entropy");
+  return op.call(
+      input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, dtype, output_mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::array<bool, 3> output_mask) {
+  static const auto op = find_op<decltype(linear_cross_entropy_backward)>("linear_cross_entropy_backward");
+  return op.call(
+      grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+      output_mask);
+}
+
 // The dimension of the classes.
 static int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 
@@ -66,31 +97,65 @@ std::optional<double> total_weight(
   return total;
 }
 
+namespace {
+
+bool autocast_takes(at::ScalarType t) { return known_dtype(t) && t != at::kDouble; }
+
+// What does not depend on whether the logits are there: `type` is their dtype, `out` the loss's.
+bool covers_classes(
+    const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index, double label_smoothing,
+    at::ScalarType type, std::optional<at::ScalarType> out) {
+  if (!target.is_cpu() || target.scalar_type() != at::kLong || !(label_smoothing >= 0 && label_smoothing <= 1))
+    return false;
+  // The loss is of the logits' dtype, or float for 16-bit logits; the weight is of the loss's, or autocast will bring
+  // it there. It leaves float64 alone.
+  const auto loss = out.value_or(type);
+  if (loss != type && (loss != at::kFloat || type == at::kDouble)) return false;
+  if (defined(weight)) {
+    // Torch knows no gradient of the weight.
+    if (!weight->is_cpu() || weight->dim() != 1 || weight->size(0) != classes || any_needs_grad(*weight)) return false;
+    const bool cast = at::autocast::is_autocast_enabled(at::kCPU) && autocast_takes(loss);
+    if (weight->scalar_type() != loss && !(cast && autocast_takes(weight->scalar_type()))) return false;
+  }
+  return total_weight(target, std::nullopt, classes, ignore_index).has_value();
+}
+
+}  // namespace
+
 bool covers_cross_entropy(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
     std::optional<at::ScalarType> dtype) {
   const int64_t dim = input.dim();
   if (!input.is_cpu() || !known_dtype(input.scalar_type()) || dim < 1 || input.numel() == 0) return false;
-  if (!target.is_cpu() || target.scalar_type() != at::kLong || target.dim() != dim - 1) return false;
+  if (target.dim() != dim - 1) return false;
   for (int64_t d = 0; d < dim - 1; ++d)
     if (target.size(d) != input.size(d == 0 ? 0 : d + 1)) return false;
   const int64_t classes = input.size(class_dim(input));
   // Where the logits of an element lie apart, as in planes of an image, torch reads across them.
   if (dim > 2 && classes != 1 && input.stride(1) != 1) return false;
-  if (!(label_smoothing >= 0 && label_smoothing <= 1)) return false;
-  // The output is of the input's dtype, or float for a 16-bit input; the weight is of the output's, or autocast will
-  // bring it there. It leaves float64 alone.
-  const auto type = dtype.value_or(input.scalar_type());
-  if (type != input.scalar_type() && (type != at::kFloat || input.scalar_type() == at::kDouble)) return false;
-  if (defined(weight)) {
-    // Torch knows no gradient of the weight.
-    if (!weight->is_cpu() || weight->dim() != 1 || weight->size(0) != classes || any_needs_grad(*weight)) return false;
-    const auto autocast = [](at::ScalarType t) { return known_dtype(t) && t != at::kDouble; };
-    if (weight->scalar_type() != type &&
-        !(at::autocast::is_autocast_enabled(at::kCPU) && autocast(type) && autocast(weight->scalar_type())))
-      return false;
-  }
-  return total_weight(target, std::nullopt, classes, ignore_index).has_value();
+  return covers_classes(target, weight, classes, ignore_index, label_smoothing, input.scalar_type(), dtype);
+}
+
+bool covers_linear_cross_entropy(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
+    const OptTensor& weight, int64_t ignore_index, double label_smoothing, std::optional<at::ScalarType> dtype) {
+  if (!input.is_cpu() || !linear_weight.is_cpu() || (defined(linear_bias) && !linear_bias->is_cpu())) return false;
+  if (input.dim() != 2 || linear_weight.dim() != 2 || input.size(1) != linear_weight.size(1)) return false;
+  const int64_t classes = linear_weight.size(0);
+  if (input.numel() == 0 || classes == 0 || target.dim() != 1 || target.size(0) != input.size(0)) return false;
+  if (defined(linear_bias) && (linear_bias->dim() != 1 || linear_bias->size(0) != classes)) return false;
+  // One dtype, or any that autocast will bring to one.
+  const auto all = [&](const auto& f) {
+    return f(input.scalar_type()) && f(linear_weight.scalar_type()) &&
+           (!defined(linear_bias) || f(linear_bias->scalar_type()));
+  };
+  auto type = input.scalar_type();
+  if (at::autocast::is_autocast_enabled(at::kCPU) && all(autocast_takes)) {
+    type = at::autocast::get_autocast_dtype(at::kCPU);
+    dtype = at::kFloat;
+  } else if (!all([&](at::ScalarType t) { return known_dtype(t) && t == type; }))
+    return false;
+  return covers_classes(target, weight, classes, ignore_index, label_smoothing, type, dtype);
 }
 
 namespace {
@@ -116,6 +181,28 @@ Tensor cross_entropy_backward_meta(
 void cross_entropy_backward_meta_(
     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double) {}
 
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_meta(
+    const Tensor&, const Tensor& input, const Tensor& linear_weight, const Tensor&, const OptTensor&, const OptTensor&,
+    int64_t, int64_t, double, std::array<bool, 3> output_mask) {
+  const auto like = [&](bool wanted, c10::SymIntArrayRef sizes) {
+    return wanted ? at::empty_symint(sizes, input.options()) : Tensor();
+  };
+  return {
+      like(output_mask[0], input.sym_sizes()), like(output_mask[1], linear_weight.sym_sizes()),
+      like(output_mask[2], linear_weight.sym_sizes().slice(0, 1))};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_meta(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor&, const OptTensor&,
+    int64_t reduction, int64_t, double, std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
+  const auto options = input.options().dtype(dtype.value_or(input.scalar_type()));
+  const Tensor output =
+      at::empty_symint(reduction == at::Reduction::None ? target.sym_sizes() : c10::SymIntArrayRef(), options);
+  return std::tuple_cat(
+      std::make_tuple(output),
+      linear_cross_entropy_backward_meta(output, input, linear_weight, target, {}, {}, reduction, 0, 0, output_mask));
+}
+
 // ---- autograd ----
 
 // Whether there is one reference to t. The object that Python knew it by holds another, and lives as long as t does.
@@ -130,6 +217,23 @@ bool seen_by_nobody_else(const Tensor& t) {
   return held_once(t) && (holders == 1 || (holders == 2 && t.is_view() && held_once(t._base())));
 }
 
+// What a node keeps beside tensors.
+struct Options {
+  int64_t reduction, ignore_index;
+  double label_smoothing;
+
+  void keep(AutogradContext& ctx) const {
+    ctx.saved_data["reduction"] = reduction;
+    ctx.saved_data["ignore_index"] = ignore_index;
+    ctx.saved_data["label_smoothing"] = label_smoothing;
+  }
+  static Options of(AutogradContext& ctx) {
+    return {
+        ctx.saved_data["reduction"].toInt(), ctx.saved_data["ignore_index"].toInt(),
+        ctx.saved_data["label_smoothing"].toDouble()};
+  }
+};
+
 struct CrossEntropy {
   static constexpr auto name = "CrossEntropyBackward";
   static constexpr bool is_traceable = false;
@@ -139,9 +243,7 @@ struct CrossEntropy {
     auto saved = ctx->get_saved_variables();
     const NotRecorded guard;
     if (!grads[0].defined()) return {Tensor()};
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
-    const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
+    const auto [reduction, ignore_index, label_smoothing] = Options::of(*ctx);
     // A storage that cannot be resized is memory that somebody else brought, such as numpy.
     const bool may_overwrite = last && !at::GradMode::is_enabled() && saved[0].is_contiguous() &&
                                saved[0].storage().resizable() && saved[0].dim() <= 2;
@@ -187,9 +289,7 @@ std::tuple<Tensor, Tensor> cross_entropy_autograd(
   if (!any_needs_grad(input)) return forward();
   const auto node = make_node<CrossEntropy>(input);
   auto out = forward();
-  node->ctx_.saved_data["reduction"] = reduction;
-  node->ctx_.saved_data["ignore_index"] = ignore_index;
-  node->ctx_.saved_data["label_smoothing"] = label_smoothing;
+  Options{reduction, ignore_index, label_smoothing}.keep(node->ctx_);
   record(node, std::get<0>(out), {input, std::get<1>(out), target, weight.value_or(Tensor())});
   return out;
 }
@@ -215,6 +315,87 @@ Tensor cross_entropy_backward_autograd(
   return ((x.softmax(-1) * q.sum(-1, true) - q) * g).to(input.scalar_type()).movedim(-1, class_dim(input));
 }
 
+struct LinearCrossEntropy {
+  static constexpr auto name = "LinearCrossEntropyBackward";
+  static constexpr bool is_traceable = false;
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto* const last = last_backward<LinearCrossEntropy>(ctx);
+    auto saved = ctx->get_saved_variables();
+    const NotRecorded guard;
+    const Tensor& grad_out = grads[0];
+    if (!grad_out.defined()) return variable_list(3);
+    const auto [reduction, ignore_index, label_smoothing] = Options::of(*ctx);
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    const bool there = saved[5].defined() || saved[6].defined() || saved[7].defined();
+    if (at::GradMode::is_enabled() || !there) {
+      auto [grad_input, grad_weight, grad_bias] = linear_cross_entropy_backward(
+          grad_out, saved[0], saved[1], saved[2], saved[3], saved[4], reduction, ignore_index, label_smoothing, mask);
+      return {grad_input, grad_weight, grad_bias};
+    }
+    // They were taken for a gradient of 1. The last backward may have them as they are, and the gradient be looked at.
+    const bool have = last && ordinary(grad_out);
+    variable_list out;
+    for (int i = 5; i < 8; ++i) {
+      const Tensor& grad = saved[i];
+      out.push_back(!grad.defined() ? Tensor() : have ? grad.detach() : grad * grad_out);
+    }
+    if (!have) return out;
+    saved.clear();
+    let_go(*last);
+    if (grad_out.item<double>() != 1)
+      for (Tensor& grad : out)
+        if (grad.defined()) grad = grad.storage().use_count() == 1 ? grad.mul_(grad_out) : grad * grad_out;
+    return out;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autograd(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
+    const OptTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
+  const bool differentiable = any_needs_grad(input, linear_weight, linear_bias);
+  // With the logits at hand their gradient is taken at once. Not where that of the loss is needed first: for each row
+  // its own, and in float16 a scale, without which it would vanish.
+  if (differentiable && reduction != at::Reduction::None && input.scalar_type() != at::kHalf)
+    output_mask = {any_needs_grad(input), any_needs_grad(linear_weight), any_needs_grad(linear_bias)};
+  const auto forward = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return linear_cross_entropy(
+        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, dtype,
+        output_mask);
+  };
+  if (!differentiable) return forward();
+  const auto node = make_node<LinearCrossEntropy>(input, linear_weight, linear_bias);
+  auto [output, grad_input, grad_weight, grad_bias] = forward();
+  Options{reduction, ignore_index, label_smoothing}.keep(node->ctx_);
+  record(
+      node, output,
+      {input, linear_weight, target, linear_bias.value_or(Tensor()), weight.value_or(Tensor()), grad_input, grad_weight,
+       grad_bias});
+  return {output, Tensor(), Tensor(), Tensor()};
+}
+
+// With the logits, and so differentiable.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_autograd(
+    const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::array<bool, 3> output_mask) {
+  if (!any_needs_grad(grad_out, input, linear_weight, linear_bias)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return linear_cross_entropy_backward(
+        grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+        output_mask);
+  }
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Tensor logits = at::linear(input, linear_weight, linear_bias);
+  const Tensor d = cross_entropy_backward_autograd(
+      grad_out, logits, Tensor(), target, weight, reduction, ignore_index, label_smoothing);
+  return {
+      output_mask[0] ? d.matmul(linear_weight) : Tensor(), output_mask[1] ? d.t().matmul(input) : Tensor(),
+      output_mask[2] ? d.sum(0) : Tensor()};
+}
+
 // ---- autocast: float, as torch lists cross_entropy_loss on a CPU; the copy in float is never made ----
 
 std::tuple<Tensor, Tensor> cross_entropy_autocast(
@@ -227,17 +408,38 @@ std::tuple<Tensor, Tensor> cross_entropy_autocast(
       half ? at::kFloat : dtype);
 }
 
+// linear in the lower precision, and then as above.
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autocast(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
+    const OptTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+  const auto type = at::autocast::get_autocast_dtype(at::kCPU);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, at::kCPU); };
+  const Tensor x = cast(input);
+  return linear_cross_entropy(
+      x, cast(linear_weight), target, cast(linear_bias), at::autocast::cached_cast(at::kFloat, weight, at::kCPU),
+      reduction, ignore_index, label_smoothing, x.scalar_type() == type ? at::kFloat : dtype, output_mask);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
   m.impl("cross_entropy", cross_entropy_meta);
   m.impl("cross_entropy_backward", cross_entropy_backward_meta);
   m.impl("cross_entropy_backward_", cross_entropy_backward_meta_);
+  m.impl("linear_cross_entropy", linear_cross_entropy_meta);
+  m.impl("linear_cross_entropy_backward", linear_cross_entropy_backward_meta);
 }
 TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("cross_entropy", cross_entropy_autograd);
   m.impl("cross_entropy_backward", cross_entropy_backward_autograd);
+  m.impl("linear_cross_entropy", linear_cross_entropy_autograd);
+  m.impl("linear_cross_entropy_backward", linear_cross_entropy_backward_autograd);
 }
-TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
+TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) {
+  m.impl("cross_entropy", cross_entropy_autocast);
+  m.impl("linear_cross_entropy", linear_cross_entropy_autocast);
+}
 
 }  // namespace nnfast

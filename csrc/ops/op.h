@@ -71,6 +71,10 @@ bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTens
 bool covers_cross_entropy(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
     std::optional<at::ScalarType> dtype = std::nullopt);
+bool covers_linear_cross_entropy(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
+    const OptTensor& weight, int64_t ignore_index, double label_smoothing,
+    std::optional<at::ScalarType> dtype = std::nullopt);
 // What a mean divides by: the weights of the rows' classes, ignored ones left out. None where a class is out of range.
 std::optional<double> total_weight(
     const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index);
@@ -102,5 +106,13 @@ Tensor cross_entropy_backward(
 void cross_entropy_backward_(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
     int64_t reduction, int64_t ignore_index, double label_smoothing);
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
+    const OptTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
+    std::optional<at::ScalarType> dtype = std::nullopt, std::array<bool, 3> output_mask = {});
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::array<bool, 3> output_mask);
 
 }  // namespace nnfast

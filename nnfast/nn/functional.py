@@ -7,6 +7,7 @@ from nnfast.functional import cross_entropy as cross_entropy
 from nnfast.functional import gelu as gelu
 from nnfast.functional import layer_norm as layer_norm
 from nnfast.functional import linear as linear
+from nnfast.functional import linear_cross_entropy as linear_cross_entropy
 from nnfast.functional import linear_gelu as linear_gelu
 
 
