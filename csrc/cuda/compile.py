@@ -23,7 +23,8 @@ CUTLASS = "nvidia-cutlass==4.2.0.0"
 TOOLKIT = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
 DISASSEMBLER = ["nvidia-cuda-cuobjdump==13.2.*", "nvidia-cuda-nvdisasm==13.2.*"]
 
-# Real architectures; the last is also kept as PTX, which later GPUs compile when they load it.
+# Real architectures; the last without a letter is also kept as PTX, which later GPUs compile when they load it. PTX for
+# 90a is for no GPU but that.
 ARCHS = ("80", "90a", "100")
 
 
@@ -68,11 +69,12 @@ def cutlass() -> Path | None:
 
 
 def command(root: Path, source: Path, wanted: Iterable[str], out: Path, ptx: bool = False) -> list[str]:
-    """The call of nvcc that compiles one source for some architectures; ``ptx``: the last of them as PTX too."""
+    """The call of nvcc that compiles one source for some architectures; ``ptx``: the last general one as PTX too."""
     flags = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-    if ptx:
-        flags.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")
+    if ptx and (general := [a for a in wanted if a.isdigit()]):
+        newest = max(general, key=int)
+        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     includes = [root / "include/cccl"]
     if (headers := cutlass()) is not None:
         includes += [headers / "include", headers / "tools/util/include"]
@@ -155,6 +157,20 @@ def problems(kernels: dict[str, dict], warnings: list[str]) -> list[str]:
     return found + warnings
 
 
+# Kernels whose every instance reads, and whose every instance writes, 16 bytes at a time where the rows allow it.
+WIDE_LOADS = {
+    "layer_norm_fwd_kernel", "layer_norm_fwd_long_kernel", "layer_norm_bwd_kernel", "layer_norm_bwd_long_kernel",
+    "layer_norm_bwd_affine_kernel", "gelu_bwd_bias_kernel", "adamw_kernel",
+}  # fmt: skip
+WIDE_STORES = WIDE_LOADS - {"layer_norm_bwd_affine_kernel"}
+
+
+def narrow(name: str, counts: dict[str, int]) -> list[str]:
+    """One line for each way in which the kernel ``name`` has lost its 16-byte accesses."""
+    wanted = {"16-byte loads": name in WIDE_LOADS, "16-byte stores": name in WIDE_STORES}
+    return [f"{name}: no {label}" for label, wide in wanted.items() if wide and not counts[label]]
+
+
 def span(values: Iterable[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"
@@ -226,6 +242,7 @@ def main() -> int:
             groups = defaultdict(list)
             for name, k in kernels.items():
                 if name in counts:
+                    failures += [f"{what}: {problem}" for problem in narrow(kernel_name(name), counts[name])]
                     groups[kernel_name(name)].append({**k, **counts[name]})
             for name, group in groups.items():
                 rows.append([source.name, f"sm_{arch}", name, str(len(group))])
