@@ -2,7 +2,8 @@
 architecture on a machine that need have no GPU.
 
 The script prints what the compiler and the machine code say, kernel by kernel, and fails where one spills registers,
-has a stack frame, or has its matrix instructions serialised. What it needs it takes from the machine (CUDA_HOME, nvcc
+has a stack frame, has its matrix instructions serialised, or lost its 16-byte accesses; and where the host code beside
+the kernels does not compile against torch's headers. What it needs it takes from the machine (CUDA_HOME, nvcc
 on the PATH, /usr/local/cuda) or, where that has no CUDA 13, from PyPI into ``build/``.
 """
 
@@ -80,6 +81,20 @@ def command(root: Path, source: Path, wanted: Iterable[str], out: Path, ptx: boo
         includes += [headers / "include", headers / "tools/util/include"]
     flags += [f"-I{path}" for path in includes]
     return [str(root / "bin/nvcc"), *flags, "-Xptxas", "-v", "-c", str(source), "-o", str(out)]
+
+
+def host_command(root: Path, source: Path) -> list[str]:
+    """The call of the C++ compiler that checks host code against the headers of the torch that is here. One that is
+    not for CUDA lacks a header, which says how its own CUDA library was built."""
+    from torch.utils.cpp_extension import get_cxx_compiler, include_paths
+
+    absent = ROOT / "build/gpu/headers/c10/cuda/impl/cuda_cmake_macros.h"
+    absent.parent.mkdir(parents=True, exist_ok=True)
+    absent.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    includes = [f"-I{root / 'include'}", f"-I{absent.parents[3]}"]
+    includes += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    defines = ["-DNNFAST_SM90A", "-fsyntax-only", "-std=c++20"]
+    return [get_cxx_compiler(), *defines, *includes, str(source)]
 
 
 def run_all(jobs: dict, workers: int) -> Iterator[tuple]:
@@ -218,6 +233,8 @@ def main() -> int:
     todo.sort(key=lambda job: ("_sm" not in job[0].stem, "layer_norm" not in job[0].stem))
     objects = {(source, arch): out / f"{source.stem}.sm_{arch}.o" for source, arch in todo}
     jobs = {(source, arch): command(root, source, [arch], path) for (source, arch), path in objects.items()}
+    host = {(path, "host"): host_command(root, path) for path in sorted((ROOT / "csrc/cuda").glob("*.cpp"))}
+    jobs |= host
     console.print(f"nvcc {release(root)} of {root}, {len(jobs)} compilations")
     failures, rows = [], []
     start = time.perf_counter()
@@ -226,10 +243,12 @@ def main() -> int:
         bar = progress.add_task("compiling", total=len(jobs))
         for (source, arch), done, seconds in run_all(jobs, os.cpu_count() or 1):
             progress.advance(bar)
-            what = f"{source.name} for sm_{arch}"
+            what = f"{source.name} for {arch if arch == 'host' else f'sm_{arch}'}"
             progress.print(f"{what}: {seconds:.0f} s")
             if done.returncode:
                 failures.append(f"{what}: {done.stdout}{done.stderr}")
+                continue
+            if arch == "host":
                 continue
             kernels, warnings = compiler_report(done.stderr + done.stdout)
             if not kernels:

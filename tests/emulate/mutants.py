@@ -68,7 +68,7 @@ MUTANTS = [
 
 def red(kind: str, library: Path, tests: str) -> str:
     """The first line that says why it turned red, or ""."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-k", tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "--capture=no", "-p", "no:cacheprovider", "-k", tests]
     done = subprocess.run(
         [*command, str(ROOT / "tests/emulated.py")],
         env={**environment(kind, library), "NNFAST_EMULATE": "slice"}, capture_output=True, text=True,
