@@ -12,7 +12,7 @@ import torch
 import nnfast
 from nnfast import backend
 
-OPS = ("layer_norm", "gelu", "linear_gelu", "adamw_")
+OPS = ("layer_norm", "gelu", "linear_gelu", "adamw_", "scaled_dot_product_attention")
 
 
 def rows() -> list[tuple[str, str, str, str]]:

@@ -6,10 +6,12 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #define NNFAST_PRAGMA_(x) _Pragma(#x)
 #define NNFAST_PRAGMA(x) NNFAST_PRAGMA_(x)
@@ -21,12 +23,14 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 #endif
 
 #include "adamw.h"
+#include "attention.h"
 #include "layer_norm.h"
 #include "linear_gelu.h"
 
 namespace nnfast::NNFAST_ISA {
 extern const Kernels kernels = {
     NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd, move_sums, sum_parts, adamw,
+    attention, attention_scratch,
 };
 }  // namespace nnfast::NNFAST_ISA
 

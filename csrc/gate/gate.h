@@ -29,12 +29,12 @@ inline std::optional<Backend> backend_called(const char* name) {
 // What use_backend() holds this thread to, or NNFAST_BACKEND every thread.
 inline thread_local std::optional<Backend> held = backend_called(std::getenv("NNFAST_BACKEND"));
 
-enum Op { kLayerNorm, kGelu, kLinearGelu, kAdamW };
-constexpr std::array<const char*, 4> kOps = {"layer_norm", "gelu", "linear_gelu", "adamw_"};
+enum Op { kLayerNorm, kGelu, kLinearGelu, kAdamW, kAttention };
+constexpr std::array kOps = {"layer_norm", "gelu", "linear_gelu", "adamw_", "scaled_dot_product_attention"};
 
 // Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
 // Python registers and then says so.
-inline std::array<Backend, 4> in_cpp, on_gpu;
+inline std::array<Backend, kOps.size()> in_cpp, on_gpu;
 
 inline bool served(Op op, const Tensor& t) {
   const auto owner = !t.is_cpu() ? on_gpu[op] : cpu_kernels() ? Backend::cpu : Backend::torch;

@@ -1,6 +1,6 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear_gelu, linear_gelu_pre: the result, or None where the call is torch's.
+// layer_norm, gelu, linear_gelu, linear_gelu_pre, scaled_dot_product_attention: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
@@ -117,6 +117,36 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 7)
+    return wrong_arguments(
+        "scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)");
+  std::optional<double> scale;
+  if (double given = 0; args[5] != Py_None) {
+    if (!unpack_double(args[5], given)) Py_RETURN_NONE;
+    scale = given;
+  }
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain(args[2]) || !is_plain_or_none(args[3]) ||
+      !PyBool_Check(args[4]) || !PyBool_Check(args[6]))
+    Py_RETURN_NONE;
+  const bool is_causal = args[4] == Py_True;
+  const Tensor &query = THPVariable_Unpack(args[0]), &key = THPVariable_Unpack(args[1]),
+               &value = THPVariable_Unpack(args[2]);
+  const OptTensor mask = optional_tensor(args[3]);
+  if (!open(kAttention, query) || !ordinary(query) || !ordinary(key) || !ordinary(value) || !ordinary(mask) ||
+      !covers_attention(query, key, value, mask, is_causal) || (query.size(1) != key.size(1) && args[6] != Py_True))
+    Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = std::get<0>(scaled_dot_product_attention(query, key, value, mask, is_causal, scale));
+  }
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
 // Elements from which other Python threads may run during a step, some milliseconds. What they could let go of is then
 // held by references.
 Threshold release_gil("release_gil_elements", int64_t(1) << 24);
@@ -229,6 +259,7 @@ PyMethodDef methods[] = {
     FAST("gelu", py_gelu),
     FAST("linear_gelu", py_linear_gelu<false>),
     FAST("linear_gelu_pre", py_linear_gelu<true>),
+    FAST("scaled_dot_product_attention", py_attention),
     FAST("adamw_", py_adamw_),
     FAST("set_threshold", py_set_threshold),
     {"hold", py_hold, METH_O, nullptr},

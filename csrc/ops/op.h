@@ -60,7 +60,15 @@ bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
     const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes = false);
 
-// ---- the ops; their schemas and what they do are in layer_norm.cpp, linear_gelu.cpp and adamw.cpp ----
+bool covers_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal);
+// The strides of the output, where it is not contiguous: torch's fused kernel gives it the query's.
+std::optional<std::vector<int64_t>> attention_strides(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask);
+void check_attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& value, const Tensor& output, const Tensor& logsumexp);
+
+// ---- the ops; their schemas and what they do are in the file of each ----
 
 std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
@@ -86,5 +94,12 @@ void adamw_tensor_lr(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
     double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
+std::tuple<Tensor, Tensor> scaled_dot_product_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal,
+    std::optional<double> scale);
+std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
+    const Tensor& output, const Tensor& logsumexp, bool is_causal, std::optional<double> scale,
+    std::array<bool, 3> output_mask);
 
 }  // namespace nnfast

@@ -1,4 +1,4 @@
-"""Everything in :mod:`torch.nn.functional`; ``layer_norm`` and ``gelu`` ours, and ``linear_gelu`` besides."""
+"""Everything in :mod:`torch.nn.functional`; ``layer_norm``, ``gelu`` and ``scaled_dot_product_attention`` ours, and ``linear_gelu`` besides."""
 
 import torch.nn.functional as _torch
 from torch.nn.functional import *  # noqa: F403
@@ -6,6 +6,7 @@ from torch.nn.functional import *  # noqa: F403
 from nnfast.functional import gelu as gelu
 from nnfast.functional import layer_norm as layer_norm
 from nnfast.functional import linear_gelu as linear_gelu
+from nnfast.functional import scaled_dot_product_attention as scaled_dot_product_attention
 
 
 def __getattr__(name: str):
