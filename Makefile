@@ -58,7 +58,7 @@ sanitize: $(INSTALLED)
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(PYTHON) -c "import sys; sys.path[0] = '$(SANITIZED)/lib'; import nnfast, pytest; \
 			assert '$(SANITIZED)' in nnfast.__file__; sys.exit(pytest.main(sys.argv[1:]))" -q \
-			tests/test_layer_norm.py tests/test_linear_gelu.py tests/test_adamw.py tests/test_fuzz.py || exit 1; \
+			tests/test_layer_norm.py tests/test_linear_gelu.py tests/test_adamw.py tests/test_attention.py tests/test_fuzz.py || exit 1; \
 	done
 
 lint: $(INSTALLED)

@@ -82,7 +82,9 @@ def test_every_row_of_the_contract_has_its_tests():
     """The map in README.md is whole, and every test that it names is there."""
     lines = [line for line in (ROOT / "tests/README.md").read_text().splitlines() if line.startswith("| ")]
     mapped = {row for line in lines for row in re.findall(r"\b[LGAS]\d+\b", line.split("|")[1])}
-    assert mapped == {f"{op}{i}" for op, count in (("L", 11), ("G", 7), ("A", 11), ("S", 2)) for i in range(1, count + 1)}
+    assert mapped == {
+        f"{op}{i}" for op, count in (("L", 11), ("G", 7), ("A", 11), ("S", 2)) for i in range(1, count + 1)
+    }
     file = None
     for line in lines:
         where = re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", line.split("|")[-2])

@@ -17,7 +17,7 @@ from nnfast import backend, nn, optim
 
 OURS = {
     "nn": {"LayerNorm", "LinearGELU", "GELU", "Sequential", "TransformerEncoderLayer", "functional"},
-    "nn.functional": {"layer_norm", "gelu", "linear_gelu"},
+    "nn.functional": {"layer_norm", "gelu", "linear_gelu", "scaled_dot_product_attention"},
     "optim": {"AdamW"},
 }
 
@@ -139,7 +139,7 @@ def test_environment_variable_holds_every_thread():
 def test_other_instruction_sets(capability):
     """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ("layer_norm", "linear_gelu", "adamw")]
+    files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ("layer_norm", "linear_gelu", "adamw", "attention")]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env=env,

@@ -35,8 +35,9 @@ struct Call {
   Tensor query, key, value, mask;
   Attention f{};
 
-  Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const OptTensor& attn_mask, bool is_causal,
-       std::optional<double> scale)
+  Call(
+      const Tensor& query_, const Tensor& key_, const Tensor& value_, const OptTensor& attn_mask, bool is_causal,
+      std::optional<double> scale)
       : query(by_rows(query_)), key(by_rows(key_)), value(by_rows(value_)) {
     f.dtype = cpu_dtype(query);
     f.batch = query.size(0), f.heads = query.size(1), f.kv_heads = key.size(1);
@@ -124,10 +125,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     call.run(Attention::Part::backward_head, heads);
   } else {
     by_blocks.taken();
-    if (grad_query.defined())
-      call.run(Attention::Part::backward_queries, f.batch * f.heads * f.query_blocks());
-    if (grad_key.defined() || grad_value.defined())
-      call.run(Attention::Part::backward_keys, heads * f.key_blocks());
+    if (grad_query.defined()) call.run(Attention::Part::backward_queries, f.batch * f.heads * f.query_blocks());
+    if (grad_key.defined() || grad_value.defined()) call.run(Attention::Part::backward_keys, heads * f.key_blocks());
   }
   return {grad_query, grad_key, grad_value};
 }

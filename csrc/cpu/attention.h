@@ -69,8 +69,8 @@ struct Words {
 
 enum class Into { set, add, scale };
 
-// One tile: c[r][n] = sum over k of a(r, k) b[k][n], r < Rows, n < Regs registers; added to what is there, or to what is
-// there times factors[r]. a(r, k) is a.p[r][k], or a.p[k][r] where it lies Across.
+// One tile: c[r][n] = sum over k of a(r, k) b[k][n], r < Rows, n < Regs registers; added to what is there, or to what
+// is there times factors[r]. a(r, k) is a.p[r][k], or a.p[k][r] where it lies Across.
 template <class Op, int Rows, int Regs, bool Across, Into into>
 void tile(int64_t count, Words a, Words b, float* c, int64_t c_stride, const float* factors) {
   f32v sum[Rows][Regs];
@@ -187,8 +187,7 @@ NNFAST_INLINE void turn(Words from, int64_t rows, int64_t width, float* to) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) reg[i] = load(p + i * from.stride, Full<f32v>{});
       } else {
-        for (int i = 0; i < kLanes; ++i)
-          reg[i] = i < there ? load(p + i * from.stride, Tail<f32v>{wide}) : f32v(0.0f);
+        for (int i = 0; i < kLanes; ++i) reg[i] = i < there ? load(p + i * from.stride, Tail<f32v>{wide}) : f32v(0.0f);
       }
       exchange_all<1>(reg);
       exchange_all<2>(reg);
@@ -332,41 +331,48 @@ NNFAST_INLINE f32v before(f32v v, int64_t count, float value) {
 }
 
 // The mask's part for this block, transposed as the scores are: what is added to a score, minus infinity where a
-// boolean mask says no.
-template <class M>
-NNFAST_INLINE float mask_value(M m) {
-  if constexpr (std::is_same_v<M, bool>) return m ? 0.0f : -INFINITY;
-  else if constexpr (std::is_same_v<M, float>) return m;
-  else return load(&m, Tail<f32v>{1}).r[0];
+// boolean mask says no. `rows` is room for as much again.
+NNFAST_INLINE void mask_row(const bool* mask, int64_t stride, int64_t n, float* row) {
+  for (int64_t j = 0; j < n; ++j) row[j] = mask[j * stride] ? 0.0f : -INFINITY;
 }
 template <class M>
-NNFAST_INLINE void read_mask(const Attention& f, const M* mask, const Range& range, float* bias) {
-  const M* p = mask + range.q0 * f.mask_strides[2] + range.k0 * f.mask_strides[3];
-  for (int64_t j = 0; j < range.keys; ++j)
-    if (f.mask_strides[2] == 0) {
-      const f32v value = mask_value(p[j * f.mask_strides[3]]);
-      for (int64_t n = 0; n < range.columns(); n += kLanes) store(bias + j * kBlock + n, value, Full<f32v>{});
-    } else {
-      for (int64_t i = 0; i < range.queries; ++i)
-        bias[j * kBlock + i] = mask_value(p[i * f.mask_strides[2] + j * f.mask_strides[3]]);
-      for (int64_t i = range.queries; i < range.columns(); ++i) bias[j * kBlock + i] = 0;
-    }
+NNFAST_INLINE void mask_row(const M* mask, int64_t stride, int64_t n, float* row) {
+  M gathered[kBlock];
+  if (stride != 1) {
+    for (int64_t j = 0; j < n; ++j) gathered[j] = mask[j * stride];
+    mask = gathered;
+  }
+  sweep<float, f32v>(
+      n, [&](int64_t j, auto part) NNFAST_LAMBDA { store(row + j, load(mask + j, part), Full<f32v>{}); });
 }
-NNFAST_INLINE void read_mask(const Attention& f, int64_t b, int64_t h, const Range& range, float* bias) {
+template <class M>
+NNFAST_INLINE void read_mask(const Attention& f, const M* mask, const Range& range, float* bias, float* rows) {
+  const int64_t down = f.mask_strides[2], along = f.mask_strides[3];
+  const M* p = mask + range.q0 * down + range.k0 * along;
+  if (down == 0) {
+    mask_row(p, along, range.keys, rows);
+    for (int64_t j = 0; j < range.keys; ++j)
+      for (int64_t n = 0; n < range.columns(); n += kLanes) store(bias + j * kBlock + n, f32v(rows[j]), Full<f32v>{});
+    return;
+  }
+  for (int64_t i = 0; i < range.queries; ++i) mask_row(p + i * down, along, range.keys, rows + i * kBlock);
+  turn({rows, kBlock}, range.queries, range.keys, bias);
+}
+NNFAST_INLINE void read_mask(const Attention& f, int64_t b, int64_t h, const Range& range, float* bias, float* rows) {
   const int64_t offset = b * f.mask_strides[0] + h * f.mask_strides[1];
   switch (f.mask_type) {
     case Attention::Mask::none: return;
-    case Attention::Mask::boolean: return read_mask(f, (const bool*)f.mask + offset, range, bias);
-    case Attention::Mask::f32: return read_mask(f, (const float*)f.mask + offset, range, bias);
-    case Attention::Mask::bf16: return read_mask(f, (const bf16*)f.mask + offset, range, bias);
-    case Attention::Mask::f16: return read_mask(f, (const f16*)f.mask + offset, range, bias);
+    case Attention::Mask::boolean: return read_mask(f, (const bool*)f.mask + offset, range, bias, rows);
+    case Attention::Mask::f32: return read_mask(f, (const float*)f.mask + offset, range, bias, rows);
+    case Attention::Mask::bf16: return read_mask(f, (const bf16*)f.mask + offset, range, bias, rows);
+    case Attention::Mask::f16: return read_mask(f, (const f16*)f.mask + offset, range, bias, rows);
   }
 }
 
 // scores = scores scale + bias, and 1 is then what they are still to be multiplied by. Without a mask the scale waits:
 // it goes into the exponential, after the maximum is taken away.
 NNFAST_INLINE void add_mask(const Attention& f, int64_t b, int64_t h, const Range& range, float* scores, float* bias) {
-  read_mask(f, b, h, range, bias);
+  read_mask(f, b, h, range, bias, bias + kBlock * kBlock);
   const f32v scale = (float)f.scale;
   for (int64_t j = 0; j < range.keys; ++j)
     for (int64_t n = range.first_column(j); n < range.columns(); n += kLanes) {
@@ -503,7 +509,7 @@ struct ForwardSpace {
     const int64_t e = padded(f.size), ev = padded(f.value_size);
     query_words = s.floats(kBlock * e), queries = s.floats(kBlock * e), key_words = s.floats(kBlock * e);
     value_words = s.floats(kBlock * ev), values = s.floats(kBlock * ev), output = s.floats(kBlock * ev);
-    scores = s.floats(kBlock * kBlock), p = s.floats(kBlock * kBlock), bias = s.floats(kBlock * kBlock);
+    scores = s.floats(kBlock * kBlock), p = s.floats(kBlock * kBlock), bias = s.floats(2 * kBlock * kBlock);
     maximum = s.floats(kBlock), sum = s.floats(kBlock), factor = s.floats(kBlock);
   }
 };
@@ -514,7 +520,8 @@ void attention_block(const Attention& f, int64_t task, Scratch scratch) {
   using Op = typename Product<T>::type;
   ForwardSpace s(f, scratch);
   const int64_t blocks = f.query_blocks(), bh = task / blocks, b = bh / f.heads, h = bh % f.heads;
-  const int64_t q0 = task % blocks * kBlock, kv = h / (f.heads / f.kv_heads), queries = std::min(kBlock, f.queries - q0);
+  const int64_t q0 = task % blocks * kBlock, kv = h / (f.heads / f.kv_heads),
+                queries = std::min(kBlock, f.queries - q0);
   const int64_t e = words<T>(f.size), ev = padded(f.value_size);
   turn(by_words<T>(head<T>(f.query, b, h, q0), queries, f.size, s.query_words), queries, e, s.queries);
   for (int64_t i = 0; i < kBlock; ++i) s.maximum[i] = -INFINITY, s.sum[i] = 0;
@@ -559,7 +566,8 @@ struct BackwardSpace {
     const int64_t e = kBlock * padded(f.size), ev = kBlock * padded(f.value_size), block = kBlock * kBlock;
     for (float** t : {&query_words, &queries, &query_rows, &key_words, &key_rows}) *t = s.floats(e);
     for (float** t : {&grad_words, &grads, &grad_rows, &value_words}) *t = s.floats(ev);
-    for (float** t : {&scores, &grad_p, &bias}) *t = s.floats(block);
+    for (float** t : {&scores, &grad_p}) *t = s.floats(block);
+    bias = s.floats(2 * block);  // and room to read the mask
     p = scores, grad_scores = grad_scores_across = grad_p;
     if (f.dtype == DType::bf16)
       for (float** t : {&p, &grad_scores, &grad_scores_across}) *t = s.floats(block / 2);
@@ -660,12 +668,12 @@ struct BackwardBlocks {
     add<true>(first, range.queries, padded(f.size), {s.grad_scores_across, kBlock}, key_rows, to, KeysSeen<T>{range});
   }
   NNFAST_MEMBER void add_grad_key(const Range& range, bool first, float* to) {
-    add<false>(first, range.keys, padded(f.size), {s.grad_scores, words<T>(kBlock)}, query_rows, to,
-               QueriesSeeing<T>{range});
+    add<false>(
+        first, range.keys, padded(f.size), {s.grad_scores, words<T>(kBlock)}, query_rows, to, QueriesSeeing<T>{range});
   }
   NNFAST_MEMBER void add_grad_value(const Range& range, bool first, float* to) {
-    add<false>(first, range.keys, padded(f.value_size), {s.p, words<T>(kBlock)}, grad_rows, to,
-               QueriesSeeing<T>{range});
+    add<false>(
+        first, range.keys, padded(f.value_size), {s.p, words<T>(kBlock)}, grad_rows, to, QueriesSeeing<T>{range});
   }
 };
 

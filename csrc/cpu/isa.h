@@ -29,8 +29,8 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 
 namespace nnfast::NNFAST_ISA {
 extern const Kernels kernels = {
-    NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd, move_sums, sum_parts, adamw,
-    attention, attention_scratch,
+    NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd,          gelu_bwd,
+    move_sums,   sum_parts,          adamw,          attention,      attention_scratch,
 };
 }  // namespace nnfast::NNFAST_ISA
 

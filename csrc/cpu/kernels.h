@@ -69,9 +69,9 @@ struct Attention {
     int64_t strides[3];  // of batch, head and row
   };
   enum class Mask { none, boolean, f32, bf16, f16 };
-  // What is computed, by tasks that each thread may take: a block of queries; the gradients of a head of keys, and of all
-  // queries that read it; or of a block of queries, and of a block of keys. Tasks count blocks within heads within the
-  // batch.
+  // What is computed, by tasks that each thread may take: a block of queries; the gradients of a head of keys, and of
+  // all queries that read it; or of a block of queries, and of a block of keys. Tasks count blocks within heads within
+  // the batch.
   enum class Part { forward, backward_head, backward_queries, backward_keys };
 
   DType dtype;
@@ -82,7 +82,7 @@ struct Attention {
   Mask mask_type;
   const void* mask;
   int64_t mask_strides[4];
-  float* logsumexp;  // (batch, heads, queries), infinity where no key is seen
+  float* logsumexp;                                   // (batch, heads, queries), infinity where no key is seen
   Tensor grad_out, grad_query, grad_key, grad_value;  // any of the last three may be null
 
   int64_t query_blocks() const { return (queries + kBlock - 1) / kBlock; }

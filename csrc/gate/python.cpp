@@ -1,8 +1,8 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear_gelu, linear_gelu_pre, scaled_dot_product_attention: the result, or None where the call is torch's.
-// adamw_: True, or False where nothing was done and the step is torch's.
-// A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
+// layer_norm, gelu, linear_gelu, linear_gelu_pre, scaled_dot_product_attention: the result, or None where the call is
+// torch's. adamw_: True, or False where nothing was done and the step is torch's. A plain C function costs about a
+// microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/Exceptions.h>
@@ -121,8 +121,7 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
 PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 7)
-    return wrong_arguments(
-        "scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)");
+    return wrong_arguments("scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)");
   std::optional<double> scale;
   if (double given = 0; args[5] != Py_None) {
     if (!unpack_double(args[5], given)) Py_RETURN_NONE;

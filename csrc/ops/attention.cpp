@@ -14,8 +14,8 @@
 namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
-  // Heads of keys that divide the heads of queries are each read by a group of those. logsumexp: (batch, heads, queries)
-  // in float, infinity for a query that sees no key.
+  // Heads of keys that divide the heads of queries are each read by a group of those. logsumexp: (batch, heads,
+  // queries) in float, infinity for a query that sees no key.
   m.def(
       "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None,"
       " bool is_causal=False, *, float? scale=None) -> (Tensor output, Tensor logsumexp)");
@@ -157,9 +157,7 @@ std::tuple<Tensor, Tensor> attention_autograd(
   node->ctx_.saved_data["is_causal"] = is_causal;
   node->ctx_.saved_data["scale"] = scale;
   auto out = forward();
-  record(
-      node, std::get<0>(out),
-      {query, key, value, attn_mask.value_or(Tensor()), std::get<0>(out), std::get<1>(out)});
+  record(node, std::get<0>(out), {query, key, value, attn_mask.value_or(Tensor()), std::get<0>(out), std::get<1>(out)});
   return out;
 }
 

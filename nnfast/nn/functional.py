@@ -1,4 +1,4 @@
-"""Everything in :mod:`torch.nn.functional`; ``layer_norm``, ``gelu`` and ``scaled_dot_product_attention`` ours, and ``linear_gelu`` besides."""
+"""Everything in :mod:`torch.nn.functional`; the functions imported below are ours."""
 
 import torch.nn.functional as _torch
 from torch.nn.functional import *  # noqa: F403
