@@ -228,7 +228,6 @@ def test_autocast():
                 torch.testing.assert_close(a, b, rtol=2e-2, atol=3e-2)
 
 
-@pytest.mark.usefixtures("cpu_kernels")
 def test_backends_that_the_user_forbids():
     qkv, _, _ = sample_inputs((1, 2, 2, 8, 8, 8, 8), torch.float32)
     for backends in ([SDPBackend.MATH], [SDPBackend.EFFICIENT_ATTENTION]):
@@ -240,6 +239,11 @@ def test_backends_that_the_user_forbids():
                 except RuntimeError as e:
                     said.append(str(e))
             assert said[0] == said[1]
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_backend_that_the_user_asks_for():
+    qkv, _, _ = sample_inputs((1, 2, 2, 8, 8, 8, 8), torch.float32)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]), served(FORWARD):
         F.scaled_dot_product_attention(*qkv)
 
@@ -318,7 +322,6 @@ def test_checkpointing_and_threads():
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], torch.autograd.grad(again, qkv, grad_out), strict=True))
 
 
-@pytest.mark.usefixtures("cpu_kernels")
 def test_transforms_see_torchs_op():
     q = randn(3, 2, 4, 5, 8)
     batched = torch.vmap(F.scaled_dot_product_attention)(q, q, q)

@@ -20,7 +20,6 @@
 namespace nnfast::NNFAST_ISA {
 
 constexpr int64_t kBlock = Attention::kBlock, kLanes = lanes<f32v>;
-constexpr float kLog2E = 1.44269504f;
 #ifdef NNFAST_AVX512
 constexpr int kTileRows = 6, kTileRegs = 4;  // 24 sums, 4 registers of columns and 1 word broadcast, of 32
 #else
@@ -431,18 +430,27 @@ NNFAST_INLINE void store_across(float* to, int64_t row, int64_t column, Quad<flo
   store_across<T>(to, row + 2, column, p.hi.lo, p.hi.hi);
 }
 
-// e^x, for x <= 0 in units of 1 / unit; minus infinity gives 0.
-template <class V>
-NNFAST_INLINE V exp_times(V x, float unit) {
-  return exp2(at_least(V(-200.0f), x * V(unit)), 0.0f);
-}
+// 2^(x unit) for x unit <= 0, unit > 0; minus infinity gives 0. The product is not rounded before its whole part is
+// taken away, and unit has twice a float's digits: a large exponent costs no accuracy.
+struct Exponential {
+  float unit, rest, least;
+  NNFAST_MEMBER explicit Exponential(double u)
+      : unit((float)u), rest((float)(u - (float)u)), least((float)(-200 / u)) {}
+  template <class V>
+  NNFAST_MEMBER V operator()(V x) const {
+    x = at_least(V(least), x);
+    const V n = round(x * V(unit));
+    return exp2_of(n, x * V(rest) + (x * V(unit) - n));
+  }
+};
+constexpr double kLog2E = 1.4426950408889634;
 
 // The scores of a block become their probabilities times e^maximum, as T stores them, in `p`. maximum and sum, one a
-// query, take them in, and factor is what all sums before are to be multiplied by. unit: log2 e times what the scores
-// are still to be multiplied by.
+// query, take them in, and factor is what all sums before are to be multiplied by. exp takes in what the scores are
+// still to be multiplied by.
 template <class T>
 NNFAST_INLINE void softmax(
-    const Range& range, float unit, float* scores, float* p, float* maximum, float* sum, float* factor) {
+    const Range& range, const Exponential& exp, float* scores, float* p, float* maximum, float* sum, float* factor) {
   for (int64_t n = 0; n < range.columns(); n += kLanes) {
     const int64_t rows = seen(range, n), all = groups_of(range.keys);
     hide(range, n, rows, scores);
@@ -456,12 +464,12 @@ NNFAST_INLINE void softmax(
     const f32v base = if_negative(most + 3.40282347e38f, f32v(0.0f), most);
     auto total = each_row(0.0f);
     for (j = 0; j < rows; j += kGroup) {
-      const auto e = exp_times(load_rows(scores + j * kBlock + n) - each_row(base), unit);
+      const auto e = exp(load_rows(scores + j * kBlock + n) - each_row(base));
       total = total + e;
       store_across<T>(p, j, n, e);
     }
     for (; j < all; j += kGroup) store_across<T>(p, j, n, each_row(0.0f));
-    const f32v old = exp_times(most_before - base, unit);
+    const f32v old = exp(most_before - base);
     store(factor + n, old, Full<f32v>{});
     store(maximum + n, most, Full<f32v>{});
     store(sum + n, load(sum + n, Full<f32v>{}) * old + add_rows(total), Full<f32v>{});
@@ -526,7 +534,7 @@ void attention_block(const Attention& f, int64_t task, Scratch scratch) {
   turn(by_words<T>(head<T>(f.query, b, h, q0), queries, f.size, s.query_words), queries, e, s.queries);
   for (int64_t i = 0; i < kBlock; ++i) s.maximum[i] = -INFINITY, s.sum[i] = 0;
   const bool scaled = f.scaled_first();
-  const float unit = scaled ? kLog2E : (float)(f.scale * 1.4426950408889634);
+  const Exponential exp(scaled ? kLog2E : f.scale * kLog2E);
   const int64_t last = key_blocks(f, q0);
   for (int64_t block = 0; block < last; ++block) {
     const Range range = range_of(f, q0, block * kBlock);
@@ -534,7 +542,7 @@ void attention_block(const Attention& f, int64_t task, Scratch scratch) {
     score<Op>(range, e, by_words<T>(keys, range.keys, f.size, s.key_words), s.queries, s.scores);
     if (scaled) add_mask(f, b, h, range, s.scores, s.bias);
     float* const p = kPaired<T> ? s.p : s.scores;
-    softmax<T>(range, unit, s.scores, p, s.maximum, s.sum, s.factor);
+    softmax<T>(range, exp, s.scores, p, s.maximum, s.sum, s.factor);
     Words v{};
     if constexpr (!kPaired<T>) v = by_words<T>(values, range.keys, f.value_size, s.value_words);
     v = by_registers<T>(values, range.keys, f.value_size, v, s.values);
@@ -625,6 +633,7 @@ struct BackwardBlocks {
     const bool scaled = f.scaled_first();
     if (scaled) add_mask(f, b, h, range, s.scores, s.bias);
     const float scale = scaled ? 1.0f : (float)f.scale;
+    const Exponential exp(kLog2E);
     for (int64_t n = 0; n < range.columns(); n += kLanes) {
       const int64_t rows = seen(range, n), all = groups_of(range.keys);
       hide(range, n, rows, s.scores);
@@ -633,7 +642,7 @@ struct BackwardBlocks {
       const auto delta = each_row(load(s.delta + n, Full<f32v>{}));
       int64_t j = 0;
       for (; j < rows; j += kGroup) {
-        const auto p = exp_times(load_rows(s.scores + j * kBlock + n) * scale - lse, kLog2E);
+        const auto p = exp(load_rows(s.scores + j * kBlock + n) * scale - lse);
         store_p(j, n, p, p * (load_rows(s.grad_p + j * kBlock + n) - delta));
       }
       for (; j < all; j += kGroup) store_p(j, n, each_row(0.0f), each_row(0.0f));
