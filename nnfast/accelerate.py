@@ -10,6 +10,7 @@ from nnfast import nn, own, trace
 _OURS: dict[type, type] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.GELU: nn.GELU,
+    torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
     torch.nn.Sequential: nn.Sequential,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }

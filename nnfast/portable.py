@@ -131,10 +131,6 @@ def linear_gelu_pre(input, weight, bias, approximate) -> None:
     """The pre-activation is not given out here, so nothing is computed ahead."""
 
 
-def scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa) -> None:
-    """torch's own on a GPU."""
-
-
 def _read(group: dict, state: dict, scaler: list) -> tuple | None:
     """The arguments of one group's step, or None where it is torch's."""
     params = [p for p in group["params"] if p.grad is not None]

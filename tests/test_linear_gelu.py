@@ -6,12 +6,13 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, assert_close, double, layouts, rms
+from common import DTYPES, assert_close, double, layouts, rms, served, thresholds
 from torch.utils.checkpoint import checkpoint
 
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 from nnfast import reference
+from nnfast.backend import native
 from nnfast.benchmarks.harness import peak_memory
 
 APPROXIMATE = ("none", "tanh")
@@ -123,6 +124,25 @@ def test_layouts(dtype):
         ours, torchs = F.gelu(x), TF.gelu(x)
         assert_close(ours, torchs, reference.gelu(x.double()), name)
         assert ours.stride() == torchs.stride(), name
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("features", [37, 1])
+def test_layouts_in_one_dnn(features):
+    """Every layout of every argument, where the library that takes large products is given small ones."""
+    tensors = (torch.randn(2, 3, features), torch.randn(9, features), torch.randn(1, 9), torch.randn(2, 3, 9))
+    dense, *others = zip(*(layouts(t).values() for t in tensors), strict=True)
+    # Each argument in each layout beside dense ones, and all of them in the same.
+    cases = [dense, *others] + [(*dense[:i], o[i], *dense[i + 1 :]) for o in others for i in range(4)]
+    for x, w, b, grad_out in cases:
+        leaves = [t.detach().requires_grad_() for t in (x, w, b[0])]
+        with thresholds(product__one_dnn_multiply_adds=0, product__turn_rows=0):
+            what = str([t.stride() for t in (*leaves, grad_out)])
+            if not w.is_contiguous() and native.cpu_kernels() != "avx512":
+                compare((*leaves, "none"), grad_out, what)
+                continue
+            with served("product.one_dnn"):
+                compare((*leaves, "none"), grad_out, what)
 
 
 @pytest.mark.usefixtures("cpu_kernels")

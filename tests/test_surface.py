@@ -16,8 +16,16 @@ import nnfast.nn.functional as F
 from nnfast import backend, nn, optim
 
 OURS = {
-    "nn": {"LayerNorm", "LinearGELU", "GELU", "Sequential", "TransformerEncoderLayer", "functional"},
-    "nn.functional": {"layer_norm", "gelu", "linear_gelu", "scaled_dot_product_attention"},
+    "nn": {
+        "LayerNorm",
+        "LinearGELU",
+        "GELU",
+        "CrossEntropyLoss",
+        "Sequential",
+        "TransformerEncoderLayer",
+        "functional",
+    },
+    "nn.functional": {"layer_norm", "gelu", "linear_gelu", "cross_entropy", "scaled_dot_product_attention"},
     "optim": {"AdamW"},
 }
 
@@ -78,7 +86,7 @@ def test_import_is_quiet():
 def test_doctor():
     done = subprocess.run([sys.executable, "-m", "nnfast"], capture_output=True, text=True)
     assert done.returncode == 0 and torch.__version__ in done.stdout
-    for op in ("layer_norm", "gelu", "linear_gelu", "adamw_"):
+    for op in ("layer_norm", "gelu", "linear_gelu", "cross_entropy", "adamw_", "scaled_dot_product_attention"):
         assert op in done.stdout
 
 
@@ -139,7 +147,10 @@ def test_environment_variable_holds_every_thread():
 def test_other_instruction_sets(capability):
     """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ("layer_norm", "linear_gelu", "adamw", "attention")]
+    files = [
+        f"{__file__.rsplit('/', 1)[0]}/test_{op}.py"
+        for op in ("layer_norm", "linear_gelu", "cross_entropy", "adamw", "attention")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env=env,

@@ -14,9 +14,7 @@ namespace nnfast {
 namespace {
 
 Path gelu_served("gelu"), gelu_backward_served("gelu_backward"), served("linear_gelu"),
-    backward_served("linear_gelu_backward");
-Path by_one_dnn("product.one_dnn"), by_torch("product.torch"), turned("product.turned"),
-    in_blocks("linear_gelu.blocks");
+    backward_served("linear_gelu_backward"), in_blocks("linear_gelu.blocks");
 
 void check(bool covered) {
   TORCH_CHECK_NOT_IMPLEMENTED(

@@ -28,7 +28,8 @@ const std::optional<c10::OperatorHandle>& one_dnn() {
 
 bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
   if (!one_dnn() || input.scalar_type() != at::kFloat) return false;
-  if (input.size(0) * input.size(1) * weight.size(0) < one_dnn_multiply_adds) return false;
+  const int64_t multiply_adds = input.size(0) * input.size(1) * weight.size(0);
+  if (multiply_adds == 0 || multiply_adds < one_dnn_multiply_adds) return false;
   const auto& context = at::globalContext();
   const auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
   // Where the user lets float32 products run in a lower precision, torch decides how.
@@ -48,7 +49,10 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (!one_dnn_serves(input, weight)) return by_torch.taken(), at::linear(input, weight, bias);
   by_one_dnn.taken();
-  return one_dnn()->typed<OneDnnLinear>().call(input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(), "");
+  // It asks input and weight for their strides, and takes the bias for dense.
+  const OptTensor dense = defined(bias) ? OptTensor(bias->contiguous()) : std::nullopt;
+  return one_dnn()->typed<OneDnnLinear>().call(
+      input, weight, dense, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
 Tensor product_tn(const Tensor& a, const Tensor& b) {
