@@ -160,7 +160,9 @@ def rows(name: str, dtype: str, rounds: dict[str, list[dict]], floor_ms: float) 
 
 
 def table(found: list[dict]) -> Table:
-    shown = Table(*("model", "dtype", "library", "ms a step", "over torch", "over compiled", "of the floor", "peak", ""))
+    shown = Table(
+        *("model", "dtype", "library", "ms a step", "over torch", "over compiled", "of the floor", "peak", "")
+    )
     for row in found:
         if not row["ms"]:
             shown.add_row(row["model"], row["dtype"], row["library"], "", "", "", "", "", row["note"])

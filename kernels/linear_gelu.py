@@ -236,9 +236,7 @@ def linear_gelu_triton(
     return output, pre
 
 
-def gelu_backward_sum_triton(
-    grad_output: Tensor, input: Tensor, *, approximate: str = "none"
-) -> tuple[Tensor, Tensor]:
+def gelu_backward_sum_triton(grad_output: Tensor, input: Tensor, *, approximate: str = "none") -> tuple[Tensor, Tensor]:
     """``nnfast::gelu_backward_sum``: the GELU's gradient, and its sums over all dimensions but the last."""
     check(input.dtype in (*HALF, torch.float32) and input.dim() > 0, "gelu_backward_sum")
     cols = input.shape[-1]

@@ -19,6 +19,7 @@ OPS = (
     "linear_gelu",
     "cross_entropy",
     "linear_cross_entropy",
+    "scaled_dot_product_attention",
     "adamw_",
     "sgd_",
     "rmsprop_",

@@ -28,6 +28,7 @@ _layer_norm, _gelu = _ours.layer_norm, _ours.gelu
 _linear, _linear_gelu = _ours.linear, _ours.linear_gelu
 _cross_entropy = native.cross_entropy if native else _torchs
 _linear_cross_entropy = native.linear_cross_entropy if native else _torchs
+_attention = native.scaled_dot_product_attention if native else _torchs
 
 
 def layer_norm(
@@ -325,7 +326,53 @@ def _two_calls(
 
 _torchs_linear_cross_entropy = getattr(_F, "linear_cross_entropy", _two_calls)
 
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    r"""Scaled dot product attention, as :func:`torch.nn.functional.scaled_dot_product_attention`.
+
+    :math:`\mathrm{softmax}(scale \cdot Q K^T + mask) V` (Vaswani et al., 2017), in blocks whose probabilities are never
+    all in memory (Dao et al., 2022; ``csrc/cpu/attention.h``). Softmax is taken in float32; beside 16-bit values the
+    probabilities are rounded to 16 bits where bfloat16 is multiplied in pairs, as torch does.
+
+    Args:
+        query: ``(N, H, L, E)``; float32, bfloat16 or float16 on a CPU, any strides.
+        key, value: ``(N, Hk, S, E)`` and ``(N, Hk, S, Ev)``; ``Hk`` is ``H`` or, with ``enable_gqa``, divides it.
+        attn_mask: what is added to the scores, in the query's dtype or float32, or a boolean one that is true where a
+            key takes part; ``(L, S)`` or up to four dimensions that broadcast to ``(N, H, L, S)``. A query that sees no
+            key gets zeros. One that requires a gradient is torch's.
+        dropout_p: 0; any other is torch's.
+        is_causal: query ``i`` sees the keys up to ``i``.
+        scale: ``1 / sqrt(E)`` where it is None.
+
+    Returns:
+        ``(N, H, L, Ev)`` in the query's dtype, or autocast's where it is on, in memory as torch's lies.
+
+    Raises:
+        RuntimeError: torch's own, for shapes or dtypes that do not fit.
+    """
+    if not is_compiling() and not dropout_p:
+        output = _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+        if output is not None:
+            return output
+    if not is_compiling():
+        torch_serves("scaled_dot_product_attention")
+    return _F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
 # In a script that calls them, these are torch's builtin operators.
 register_builtin(layer_norm, "aten::layer_norm")
 register_builtin(gelu, "aten::gelu")
 register_builtin(linear, "aten::linear")
+register_builtin(scaled_dot_product_attention, "aten::scaled_dot_product_attention")

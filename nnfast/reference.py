@@ -58,6 +58,34 @@ def cross_entropy(
     return loss.sum() / (w.gather(-1, y).squeeze(-1) * counts).sum() if reduction == "mean" else loss.sum()
 
 
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``softmax(scale Q K^T + mask) V``; a query that sees no key gets zeros."""
+    assert not dropout_p
+    if enable_gqa:
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    hidden = torch.zeros_like(scores, dtype=torch.bool)
+    if is_causal:
+        hidden = torch.ones_like(hidden).tril().logical_not()
+    if attn_mask is not None and attn_mask.dtype is torch.bool:
+        hidden = attn_mask.logical_not().expand_as(scores)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+        hidden = scores.detach().isneginf()
+    nothing = hidden.all(-1, keepdim=True)
+    scores = scores.masked_fill(hidden & ~nothing, -math.inf)
+    return scores.softmax(-1).masked_fill(nothing, 0) @ value
+
+
 def adamw(
     param: Tensor,
     grad: Tensor,

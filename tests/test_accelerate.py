@@ -21,6 +21,7 @@ from nnfast.backend import native
 # Code as in a user's file that has never heard of us.
 F = TF
 
+
 class Own(torch.nn.LayerNorm):
     """A class of the user's own."""
 

@@ -13,12 +13,13 @@ import torch.nn.functional as TF
 
 import nnfast
 import nnfast.nn.functional as F
-from nnfast import backend, nn, optim
+from nnfast import __main__, backend, nn, optim
 
 OURS = {
     "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "CrossEntropyLoss", "LinearCrossEntropyLoss"}
     | {"TransformerEncoderLayer", "functional", "utils"},
-    "nn.functional": {"layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy"},
+    "nn.functional": {"layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy"}
+    | {"scaled_dot_product_attention"},
     "optim": {"Adam", "AdamW", "RMSprop", "SGD"},
 }
 
@@ -80,7 +81,7 @@ def test_import_is_quiet():
 def test_doctor():
     done = subprocess.run([sys.executable, "-m", "nnfast"], capture_output=True, text=True)
     assert done.returncode == 0 and torch.__version__ in done.stdout
-    for op in ("layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy", "adamw_"):
+    for op in __main__.OPS:
         assert op in done.stdout
 
 
@@ -141,7 +142,7 @@ def test_environment_variable_holds_every_thread():
 def test_other_instruction_sets(capability):
     """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    ops = ("layer_norm", "linear", "linear_gelu", "cross_entropy", "adamw")
+    ops = ("layer_norm", "linear", "linear_gelu", "cross_entropy", "adamw", "attention")
     files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ops]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],

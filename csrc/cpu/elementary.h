@@ -6,16 +6,22 @@
 
 namespace nnfast::NNFAST_ISA {
 
-// Scalar math: n = round(x), f = x - n, 2^(x + shift) = 2^(n + shift) (1 + f p(f)), p the minimax polynomial of
-// (2^f - 1) / f over |f| <= 1/2: 9.1e-8 relative to 2^f. For finite x up to 127, and a whole number as shift.
+// Scalar math: 2^(n + f) = 2^n (1 + f p(f)), p the minimax polynomial of (2^f - 1) / f over |f| <= 1/2: 9.1e-8 relative
+// to 2^f. For a whole number n.
 template <class V>
-NNFAST_INLINE V exp2(V x, float shift) {
-  const V n = round(x), f = x - n;
+NNFAST_INLINE V exp2_of(V n, V f) {
   V p = f * 1.326472731307149e-03f + 9.671512991189957e-03f;
   p = p * f + 5.550733581185341e-02f;
   p = p * f + 2.4022242426872253e-01f;
   p = p * f + 6.931470036506653e-01f;
-  return scale2(p * f + 1.0f, n + shift);
+  return scale2(p * f + 1.0f, n);
+}
+
+// 2^(x + shift): n = round(x), f = x - n. For finite x up to 127, and a whole number as shift.
+template <class V>
+NNFAST_INLINE V exp2(V x, float shift) {
+  const V n = round(x);
+  return exp2_of(n + shift, x - n);
 }
 
 // e^x for x <= 0. Infinity is held at -200, where e^x is 0 already; a NaN is let through.

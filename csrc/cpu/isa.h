@@ -6,10 +6,12 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #define NNFAST_PRAGMA_(x) _Pragma(#x)
 #define NNFAST_PRAGMA(x) NNFAST_PRAGMA_(x)
@@ -21,6 +23,7 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 #endif
 
 #include "adamw.h"
+#include "attention.h"
 #include "clip_grad.h"
 #include "cross_entropy.h"
 #include "layer_norm.h"
@@ -33,6 +36,7 @@ namespace nnfast::NNFAST_ISA {
 extern const Kernels kernels = {
     NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd, cross_entropy_fwd,
     cross_entropy_bwd, sum_rows, move_sums, sum_parts, adamw, sgd, rmsprop, sum_of_squares, largest, scale,
+    attention, attention_scratch,
 };
 }  // namespace nnfast::NNFAST_ISA
 

@@ -102,6 +102,37 @@ using AdamWTensor = StepOf<AdamWStep<double>>;
 using SgdTensor = StepOf<SgdStep<double>>;
 using RMSpropTensor = StepOf<RMSpropStep<double>>;
 
+// Scaled dot product attention of (batch, heads, length, size), the last dimension contiguous.
+struct Attention {
+  static constexpr int64_t kBlock = 64;  // queries, and keys, at a time
+  struct Tensor {
+    void* p;
+    int64_t strides[3];  // of batch, head and row
+  };
+  enum class Mask { none, boolean, f32, bf16, f16 };
+  // What is computed, by tasks that each thread may take: a block of queries; the gradients of a head of keys, and of
+  // all queries that read it; or of a block of queries, and of a block of keys. Tasks count blocks within heads within
+  // the batch.
+  enum class Part { forward, backward_head, backward_queries, backward_keys };
+
+  DType dtype;
+  int64_t batch, heads, kv_heads, queries, keys, size, value_size;
+  bool causal;
+  double scale;
+  Tensor query, key, value, output;
+  Mask mask_type;
+  const void* mask;
+  int64_t mask_strides[4];
+  float* logsumexp;                                   // (batch, heads, queries), infinity where no key is seen
+  Tensor grad_out, grad_query, grad_key, grad_value;  // any of the last three may be null
+
+  int64_t query_blocks() const { return (queries + kBlock - 1) / kBlock; }
+  int64_t key_blocks() const { return (keys + kBlock - 1) / kBlock; }
+  // Scores are multiplied by the scale at once, and not within the exponential, where a mask is added to them, or where
+  // the scale does not keep their order.
+  bool scaled_first() const { return mask_type != Mask::none || !(scale > 1e-30 && scale < 1e30); }
+};
+
 // Row kernels take [begin, end) of the rows, elementwise ones of the elements. `grad_weight`, `grad_bias` are
 // sums of the accumulation type over those rows, added to what is there; either may be null.
 struct Kernels {
@@ -127,6 +158,9 @@ struct Kernels {
   double (*sum_of_squares)(DType dtype, const void* x, int64_t begin, int64_t end);
   double (*largest)(DType dtype, const void* x, int64_t begin, int64_t end);
   void (*scale)(DType dtype, void* x, double factor, int64_t begin, int64_t end);
+  void (*attention)(const Attention&, Attention::Part, int64_t task, void* scratch);
+  // Bytes of scratch memory, aligned to 64.
+  int64_t (*attention_scratch)(const Attention&, Attention::Part);
 };
 
 // What the library of the kernels offers to the others.

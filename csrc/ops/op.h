@@ -82,6 +82,14 @@ bool covers_linear_cross_entropy(
 std::optional<double> total_weight(
     const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index);
 
+bool covers_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal);
+// The strides of the output, where it is not contiguous: torch's fused kernel gives it the query's.
+std::optional<std::vector<int64_t>> attention_strides(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask);
+void check_attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& value, const Tensor& output, const Tensor& logsumexp);
+
 // ---- the ops; their schemas and what they do are in the file of their stem; the optimizers' in optimizer.h ----
 
 std::tuple<Tensor, Tensor> layer_norm(
@@ -117,5 +125,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::array<bool, 3> output_mask);
+std::tuple<Tensor, Tensor> scaled_dot_product_attention(
+    const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal,
+    std::optional<double> scale);
+std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward(
+    const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
+    const Tensor& output, const Tensor& logsumexp, bool is_causal, std::optional<double> scale,
+    std::array<bool, 3> output_mask);
 
 }  // namespace nnfast

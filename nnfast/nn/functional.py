@@ -9,6 +9,7 @@ from nnfast.functional import layer_norm as layer_norm
 from nnfast.functional import linear as linear
 from nnfast.functional import linear_cross_entropy as linear_cross_entropy
 from nnfast.functional import linear_gelu as linear_gelu
+from nnfast.functional import scaled_dot_product_attention as scaled_dot_product_attention
 
 
 def __getattr__(name: str):

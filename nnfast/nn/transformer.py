@@ -20,7 +20,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         args = [torch.nn.functional.gelu if a is F.gelu else a for a in args]
         kwargs = {k: torch.nn.functional.gelu if v is F.gelu else v for k, v in kwargs.items()}
         super().__init__(*args, **kwargs)
-        for child, ours in ((self.norm1, LayerNorm), (self.norm2, LayerNorm), (self.linear1, Linear), (self.linear2, Linear)):
+        for child, ours in (
+            (self.norm1, LayerNorm),
+            (self.norm2, LayerNorm),
+            (self.linear1, Linear),
+            (self.linear2, Linear),
+        ):
             child.__class__ = ours
 
     def _ff_block(self, x: Tensor) -> Tensor:
