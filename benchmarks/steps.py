@@ -153,7 +153,9 @@ def rows(name: str, dtype: str, rounds: dict[str, list[dict]], floor_ms: float) 
             pairs = zip(rounds.get(base, []), runs, strict=False)
             ratios = [a["ms"] / b["ms"] for a, b in pairs if "error" not in a and "error" not in b]
             word = "speedup" if base == "torch" else "over_compiled"
-            row |= {word: statistics.median(ratios), f"{word}_low": min(ratios), f"{word}_high": max(ratios)} if ratios else dict.fromkeys((word, f"{word}_low", f"{word}_high"), "")  # fmt: skip
+            row[word], row[f"{word}_low"], row[f"{word}_high"] = (
+                (statistics.median(ratios), min(ratios), max(ratios)) if ratios else ("", "", "")
+            )
         row["note"] = next((r["error"] for r in runs if "error" in r), "")
         found.append(row | harness.provenance("cpu"))
     return found

@@ -5,7 +5,6 @@ is run, read or rewritten, and the user's code calls its children as it always d
 """
 
 import dis
-import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
