@@ -113,8 +113,8 @@ def _is_gelu(module: torch.nn.Module, approximate: str) -> bool:
 def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """Make every module of ``model`` that nnfast has a kernel for use it, in place.
 
-    Modules of torch's classes LayerNorm, Linear, GELU, CrossEntropyLoss and TransformerEncoderLayer become ours, and so do GPT-2's Conv1D
-    and the GELUs of transformers and timm. They change their class and nothing else: parameters, hooks, names and
+    Modules of torch's classes LayerNorm, Linear, GELU, CrossEntropyLoss and TransformerEncoderLayer become ours, and so
+    do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else: parameters, hooks, names and
     ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m, torch.nn.LayerNorm)`` holds as
     before. Only this model is touched, a second call changes nothing, and :func:`restore` undoes it.
 
