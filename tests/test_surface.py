@@ -147,9 +147,8 @@ def test_environment_variable_holds_every_thread():
 def test_other_instruction_sets(capability):
     """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    files = [
-        f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ("layer_norm", "linear_gelu", "cross_entropy", "adamw")
-    ]
+    ops = ("layer_norm", "linear_gelu", "cross_entropy", "adamw")
+    files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ops]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env=env,
