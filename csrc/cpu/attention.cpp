@@ -90,11 +90,11 @@ std::tuple<Tensor, Tensor> attention_cpu(
   sizes[3] = value.size(3);
   Tensor output = empty(sizes, query.scalar_type());
   if (const auto strides = attention_strides(query, key, value, attn_mask)) output = output.as_strided(sizes, *strides);
-  Tensor logsumexp = empty({sizes[0], sizes[1], sizes[2]}, at::kFloat);
+  Tensor stats = empty({2, sizes[0], sizes[1], sizes[2]}, at::kFloat);
   call.f.output = view(output);
-  call.f.logsumexp = logsumexp.mutable_data_ptr<float>();
+  call.f.stats = stats.mutable_data_ptr<float>();
   call.run(Attention::Part::forward, call.f.batch * call.f.heads * call.f.query_blocks());
-  return {output, logsumexp};
+  return {output, stats};
 }
 
 // As torch's op lays gradients out: the heads of a row follow each other.
@@ -104,18 +104,18 @@ Tensor empty_gradient(const Tensor& t) {
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
-    const Tensor& output_, const Tensor& logsumexp, bool is_causal, std::optional<double> scale,
+    const Tensor& output_, const Tensor& stats, bool is_causal, std::optional<double> scale,
     std::array<bool, 3> output_mask) {
   check(covers_attention(query, key, value, attn_mask, is_causal));
-  check_attention_backward(grad_out_, query, value, output_, logsumexp);
+  check_attention_backward(grad_out_, query, value, output_, stats);
   backward.taken();
   Call call(query, key, value, attn_mask, is_causal, scale);
   Attention& f = call.f;
-  const Tensor grad_out = by_rows(grad_out_), output = by_rows(output_), lse = logsumexp.contiguous();
+  const Tensor grad_out = by_rows(grad_out_), output = by_rows(output_), kept = stats.contiguous();
   const Tensor grad_query = output_mask[0] ? empty_gradient(query) : Tensor();
   const Tensor grad_key = output_mask[1] ? empty_gradient(key) : Tensor();
   const Tensor grad_value = output_mask[2] ? empty_gradient(value) : Tensor();
-  f.output = view(output), f.logsumexp = const_cast<float*>(lse.const_data_ptr<float>()), f.grad_out = view(grad_out);
+  f.output = view(output), f.stats = const_cast<float*>(kept.const_data_ptr<float>()), f.grad_out = view(grad_out);
   f.grad_query = view(grad_query), f.grad_key = view(grad_key), f.grad_value = view(grad_value);
   // By heads there are five products a block; by blocks, which make two of them twice, seven.
   const int64_t heads = f.batch * f.kv_heads, threads = call.threads(), rounds = (heads + threads - 1) / threads;

@@ -4,8 +4,8 @@
 // Scalar math, for one query q with the keys k_j that it may see:
 //   s_j = scale q . k_j + bias_j,   m = max s_j,   p_j = e^(s_j - m),   l = sum p_j,   output = sum p_j v_j / l
 // block after block: where a later block raises m, what was summed before is multiplied by e^(old m - new m).
-// Backward, with logsumexp = m + ln l kept from the forward:
-//   p_j = e^(s_j - logsumexp),   dp_j = grad . v_j,   ds_j = p_j (dp_j - delta),   delta = grad . output
+// Backward, with m and 1 / l kept from the forward, whose logarithm would be rounded:
+//   p_j = e^(s_j - m) / l,   dp_j = grad . v_j,   ds_j = p_j (dp_j - delta),   delta = grad . output
 //   grad_v_j = sum over queries of p_j grad,   grad_k_j = scale sum of ds_j q,   grad_q = scale sum of ds_j k_j
 //
 // Scores lie transposed, a row a key and a lane a query: maxima and sums over keys then need no lane of another. Every
@@ -555,11 +555,12 @@ void attention_block(const Attention& f, int64_t task, Scratch scratch) {
     else
       add(std::integral_constant<Into, Into::scale>{});
   }
-  float* lse = f.logsumexp + bh * f.queries + q0;
+  float *maximum = f.stats + bh * f.queries + q0, *inverse = maximum + f.batch * f.heads * f.queries;
   for (int64_t i = 0; i < queries; ++i) {
-    // A query that sees no key: its output is 0, and logsumexp is such that the backward finds no probabilities either.
-    lse[i] = s.sum[i] == 0 ? INFINITY : s.maximum[i] * (scaled ? 1.0f : (float)f.scale) + logf(s.sum[i]);
-    s.factor[i] = s.sum[i] == 0 ? 0.0f : 1.0f / s.sum[i];
+    // A query that sees no key: its output is 0, and the backward finds no probabilities either.
+    const bool none = s.sum[i] == 0;
+    maximum[i] = none ? INFINITY : s.maximum[i];
+    inverse[i] = s.factor[i] = none ? 0.0f : 1.0f / s.sum[i];
   }
   write_rows<T>(f.output, b, h, q0, queries, f.value_size, s.output, ev, s.factor, 0);
 }
@@ -569,7 +570,7 @@ void attention_block(const Attention& f, int64_t task, Scratch scratch) {
 // What every part of the backward needs of a block of queries, of a block of keys, and of the two.
 struct BackwardSpace {
   float *query_words, *queries, *query_rows, *grad_words, *grads, *grad_rows, *key_words, *key_rows, *value_words;
-  float *scores, *grad_p, *p, *grad_scores, *grad_scores_across, *bias, *logsumexp, *delta;
+  float *scores, *grad_p, *p, *grad_scores, *grad_scores_across, *bias, *maximum, *inverse, *delta;
   NNFAST_MEMBER BackwardSpace(const Attention& f, Scratch& s) {
     const int64_t e = kBlock * padded(f.size), ev = kBlock * padded(f.value_size), block = kBlock * kBlock;
     for (float** t : {&query_words, &queries, &query_rows, &key_words, &key_rows}) *t = s.floats(e);
@@ -579,7 +580,7 @@ struct BackwardSpace {
     p = scores, grad_scores = grad_scores_across = grad_p;
     if (f.dtype == DType::bf16)
       for (float** t : {&p, &grad_scores, &grad_scores_across}) *t = s.floats(block / 2);
-    for (float** t : {&logsumexp, &delta}) *t = s.floats(kBlock);
+    for (float** t : {&maximum, &inverse, &delta}) *t = s.floats(kBlock);
   }
 };
 
@@ -594,7 +595,7 @@ struct BackwardBlocks {
   NNFAST_MEMBER BackwardBlocks(const Attention& f, Scratch& scratch)
       : f(f), s(f, scratch), e(words<T>(f.size)), ev(words<T>(f.value_size)) {}
 
-  // Block after block of queries: theirs and their gradients', turned and by rows; logsumexp and delta.
+  // Block after block of queries: theirs and their gradients', turned and by rows; the statistics and delta.
   NNFAST_MEMBER void take_queries(int64_t q0, bool rows) {
     const int64_t queries = std::min(kBlock, f.queries - q0);
     const auto q = head<T>(f.query, b, h, q0), g = head<T>(f.grad_out, b, h, q0), o = head<T>(f.output, b, h, q0);
@@ -606,10 +607,12 @@ struct BackwardBlocks {
       query_rows = by_registers<T>(q, queries, f.size, q_words, s.query_rows);
       grad_rows = by_registers<T>(g, queries, f.value_size, g_words, s.grad_rows);
     }
-    const float* lse = f.logsumexp + (b * f.heads + h) * f.queries + q0;
+    const float* maximum = f.stats + (b * f.heads + h) * f.queries + q0;
+    const float* inverse = maximum + f.batch * f.heads * f.queries;
     for (int64_t i = 0; i < kBlock; ++i) {
       // Where there is no query, no probability.
-      s.logsumexp[i] = i < queries ? lse[i] : INFINITY;
+      s.maximum[i] = i < queries ? maximum[i] : INFINITY;
+      s.inverse[i] = i < queries ? inverse[i] : 0.0f;
       Sum<float> delta;
       if (i < queries)
         sweep<float>(f.value_size, [&](int64_t d, auto part) NNFAST_LAMBDA {
@@ -632,17 +635,17 @@ struct BackwardBlocks {
     score<Op>(range, ev, value_words, s.grads, s.grad_p);
     const bool scaled = f.scaled_first();
     if (scaled) add_mask(f, b, h, range, s.scores, s.bias);
-    const float scale = scaled ? 1.0f : (float)f.scale;
-    const Exponential exp(kLog2E);
+    const Exponential exp(scaled ? kLog2E : f.scale * kLog2E);
     for (int64_t n = 0; n < range.columns(); n += kLanes) {
       const int64_t rows = seen(range, n), all = groups_of(range.keys);
       hide(range, n, rows, s.scores);
       for (int64_t j = rows; j < groups_of(rows); ++j) store(s.grad_p + j * kBlock + n, f32v(0.0f), Full<f32v>{});
-      const auto lse = each_row(load(s.logsumexp + n, Full<f32v>{}));
+      const auto most = each_row(load(s.maximum + n, Full<f32v>{}));
+      const auto inverse = each_row(load(s.inverse + n, Full<f32v>{}));
       const auto delta = each_row(load(s.delta + n, Full<f32v>{}));
       int64_t j = 0;
       for (; j < rows; j += kGroup) {
-        const auto p = exp(load_rows(s.scores + j * kBlock + n) * scale - lse);
+        const auto p = exp(load_rows(s.scores + j * kBlock + n) - most) * inverse;
         store_p(j, n, p, p * (load_rows(s.grad_p + j * kBlock + n) - delta));
       }
       for (; j < all; j += kGroup) store_p(j, n, each_row(0.0f), each_row(0.0f));

@@ -123,7 +123,9 @@ struct Attention {
   Mask mask_type;
   const void* mask;
   int64_t mask_strides[4];
-  float* logsumexp;                                   // (batch, heads, queries), infinity where no key is seen
+  // (2, batch, heads, queries): the largest score before any scale that waits (see scaled_first), and 1 / the sum of
+  // the exponentials; infinity and 0 where no key is seen.
+  float* stats;
   Tensor grad_out, grad_query, grad_key, grad_value;  // any of the last three may be null
 
   int64_t query_blocks() const { return (queries + kBlock - 1) / kBlock; }

@@ -14,14 +14,14 @@
 namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
-  // Heads of keys that divide the heads of queries are each read by a group of those. logsumexp: (batch, heads,
-  // queries) in float, infinity for a query that sees no key.
+  // Heads of keys that divide the heads of queries are each read by a group of those. stats: (2, batch, heads, queries)
+  // in float, the largest score and 1 / the sum of the exponentials (csrc/cpu/kernels.h).
   m.def(
       "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None,"
-      " bool is_causal=False, *, float? scale=None) -> (Tensor output, Tensor logsumexp)");
+      " bool is_causal=False, *, float? scale=None) -> (Tensor output, Tensor stats)");
   m.def(
       "scaled_dot_product_attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value,"
-      " Tensor? attn_mask, Tensor output, Tensor logsumexp, bool is_causal, *, float? scale=None, bool[3] output_mask)"
+      " Tensor? attn_mask, Tensor output, Tensor stats, bool is_causal, *, float? scale=None, bool[3] output_mask)"
       " -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
 }
 
@@ -34,11 +34,11 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention(
 
 std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
-    const Tensor& output, const Tensor& logsumexp, bool is_causal, std::optional<double> scale,
+    const Tensor& output, const Tensor& stats, bool is_causal, std::optional<double> scale,
     std::array<bool, 3> output_mask) {
   static const auto op =
       find_op<decltype(scaled_dot_product_attention_backward)>("scaled_dot_product_attention_backward");
-  return op.call(grad_out, query, key, value, attn_mask, output, logsumexp, is_causal, scale, output_mask);
+  return op.call(grad_out, query, key, value, attn_mask, output, stats, is_causal, scale, output_mask);
 }
 
 namespace {
@@ -90,11 +90,11 @@ std::optional<std::vector<int64_t>> attention_strides(
 }
 
 void check_attention_backward(
-    const Tensor& grad_out, const Tensor& query, const Tensor& value, const Tensor& output, const Tensor& logsumexp) {
+    const Tensor& grad_out, const Tensor& query, const Tensor& value, const Tensor& output, const Tensor& stats) {
   auto sizes = query.sizes().vec();
   TORCH_CHECK(
-      logsumexp.scalar_type() == at::kFloat && logsumexp.sizes().equals({sizes[0], sizes[1], sizes[2]}),
-      "logsumexp is not that of the forward");
+      stats.scalar_type() == at::kFloat && stats.sizes().equals({2, sizes[0], sizes[1], sizes[2]}),
+      "stats are not those of the forward");
   sizes[3] = value.size(3);
   for (const auto* t : {&grad_out, &output})
     TORCH_CHECK(
@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor> attention_meta(
   sizes[3] = value.sym_size(3);
   return {
       torch_fuses(query, key, value, attn_mask) ? at::empty_like(query) : at::empty_symint(sizes, query.options()),
-      at::empty_symint(query.sym_sizes().slice(0, 3), query.options().dtype(at::kFloat))};
+      at::empty_symint(
+          {2, query.sym_size(0), query.sym_size(1), query.sym_size(2)}, query.options().dtype(at::kFloat))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward_meta(
@@ -164,12 +165,12 @@ std::tuple<Tensor, Tensor> attention_autograd(
 // The gradient of the gradient is that of the formula written in ATen's ops.
 std::tuple<Tensor, Tensor, Tensor> attention_backward_autograd(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
-    const Tensor& output, const Tensor& logsumexp, bool is_causal, std::optional<double> scale,
+    const Tensor& output, const Tensor& stats, bool is_causal, std::optional<double> scale,
     std::array<bool, 3> output_mask) {
   if (!any_needs_grad(grad_out, query, key, value)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return scaled_dot_product_attention_backward(
-        grad_out, query, key, value, attn_mask, output, logsumexp, is_causal, scale, output_mask);
+        grad_out, query, key, value, attn_mask, output, stats, is_causal, scale, output_mask);
   }
   const int64_t group = query.size(1) / key.size(1);
   const double factor = scale.value_or(1 / std::sqrt((double)query.size(3)));

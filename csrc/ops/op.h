@@ -88,7 +88,7 @@ bool covers_attention(
 std::optional<std::vector<int64_t>> attention_strides(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask);
 void check_attention_backward(
-    const Tensor& grad_out, const Tensor& query, const Tensor& value, const Tensor& output, const Tensor& logsumexp);
+    const Tensor& grad_out, const Tensor& query, const Tensor& value, const Tensor& output, const Tensor& stats);
 
 // ---- the ops; their schemas and what they do are in the file of their stem; the optimizers' in optimizer.h ----
 
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> scaled_dot_product_attention(
     std::optional<double> scale);
 std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
-    const Tensor& output, const Tensor& logsumexp, bool is_causal, std::optional<double> scale,
+    const Tensor& output, const Tensor& stats, bool is_causal, std::optional<double> scale,
     std::array<bool, 3> output_mask);
 
 }  // namespace nnfast
