@@ -4,6 +4,8 @@
 # make fuzz    20,000 random cases an op, against float64; the tests hold a slice of it
 # make sanitize  the ops' tests, and a slice of the random cases, under AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint    formatting and lint, as CI checks them; make format mends them
+# make emulate  the CUDA kernels on this CPU, every thread a fiber, under AddressSanitizer and UndefinedBehaviorSanitizer, and
+#               a slice under ThreadSanitizer; make emulate-slice the slice of both; make mutants: what its tests would miss
 # make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions
 #
 # Each makes .venv with torch $(TORCH) where there is none. To use an interpreter of your own, whose torch is then left
@@ -19,9 +21,9 @@ INSTALLED := build/installed-$(subst /,-,$(PYTHON))
 CLANG_FORMAT = $(PYTHON) -c "import clang_format; clang_format.clang_format()"
 PIP = $(PYTHON) -m pip --disable-pip-version-check install --quiet
 
-CPP := $(filter-out %.py,$(filter csrc/%,$(SOURCES)))
+CPP := $(filter-out %.py,$(filter csrc/%,$(SOURCES))) $(wildcard tests/emulate/*.[ch]* tests/emulate/c10/cuda/*.h)
 
-.PHONY: demo test bench bench-gpu fuzz sanitize lint format compile-gpu clean
+.PHONY: demo test bench bench-gpu fuzz sanitize lint format compile-gpu emulate emulate-slice mutants clean
 
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
@@ -73,6 +75,16 @@ format: $(INSTALLED)
 
 compile-gpu: $(INSTALLED)
 	$(PYTHON) csrc/cuda/compile.py
+
+emulate: $(INSTALLED)
+	$(PYTHON) tests/emulate/run.py asan
+	NNFAST_EMULATE=slice $(PYTHON) tests/emulate/run.py tsan
+
+emulate-slice: $(INSTALLED)
+	NNFAST_EMULATE=slice $(PYTHON) tests/emulate/run.py asan
+
+mutants: $(INSTALLED)
+	$(PYTHON) tests/emulate/mutants.py
 
 clean:
 	rm -rf build *.egg-info nnfast/_C.*.so nnfast/_built_for.txt benchmarks/out

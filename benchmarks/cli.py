@@ -6,12 +6,12 @@ import torch
 
 from nnfast.__main__ import print_table
 
-from . import bench_adamw, bench_layer_norm, bench_linear_gelu, harness
+from . import bench_adamw, bench_cross_entropy, bench_layer_norm, bench_linear_gelu, harness
 
-OPS = {module.OP: module for module in (bench_layer_norm, bench_linear_gelu, bench_adamw)}
+OPS = {module.OP: module for module in (bench_layer_norm, bench_linear_gelu, bench_cross_entropy, bench_adamw)}
 EXAMPLES = """\
 --shape is  layer_norm: rows,size   linear_gelu: tokens,in_features,out_features (or elements: GELU alone)
-            adamw: the shape of one parameter
+            cross_entropy: rows,classes   adamw: the shape of one parameter
 for example --op layer_norm --shape 4096,768 --dtype bf16"""
 
 
@@ -34,7 +34,7 @@ def parse(argv: list[str]) -> tuple[harness.Case, bool]:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--compile", action="store_true", help="torch.compile as a provider as well")
     options = parser.parse_args(argv)
-    lengths = {"layer_norm": (2,), "linear_gelu": (1, 3), "adamw": range(9)}[options.op]
+    lengths = {"layer_norm": (2,), "linear_gelu": (1, 3), "cross_entropy": (2,), "adamw": range(9)}[options.op]
     if len(options.shape) not in lengths or min(options.shape, default=1) < 1:
         parser.error(f"--shape {','.join(map(str, options.shape))} is no shape of {options.op}\n{EXAMPLES}")
     if options.device == "cuda" and not torch.cuda.is_available():

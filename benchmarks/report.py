@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 MARKS = ("<!-- speeds: written by benchmarks/report.py -->", "<!-- end of speeds -->")
-OPS = {"layer_norm": "LayerNorm", "linear_gelu": "Linear+GELU", "adamw": "AdamW"}
+OPS = {"layer_norm": "LayerNorm", "linear_gelu": "Linear+GELU", "cross_entropy": "Cross-entropy", "adamw": "AdamW"}
 TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward", "step": "a step"}
 
 

@@ -12,13 +12,23 @@ import torch
 import nnfast
 from nnfast import backend
 
-OPS = ("layer_norm", "gelu", "linear", "linear_gelu", "adamw_")
+OPS = ("layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "adamw_")
 
 
 def rows() -> list[tuple[str, str, str, str]]:
     """(op, device, who serves it, why) for every op and device of this machine."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [(op, device, *backend.server(op, device)) for device in devices for op in OPS]
+
+
+def products() -> str:
+    """Which library multiplies on this CPU: the same for the whole process."""
+    numbers = backend.native.thresholds() if backend.native else {}
+    if backend.available("cpu") or not torch.backends.mkldnn.is_available():
+        return "torch's"
+    if not numbers["product.one_dnn_float32"]:
+        return "torch's: MKL is made for this CPU"
+    return f"float32 from {numbers['product.one_dnn_multiply_adds']:,} multiply-adds on: oneDNN; all else: torch's"
 
 
 def print_table(table: list[tuple[str, ...]]) -> None:
@@ -37,6 +47,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"GPU     {gpu}")
     print(f"Triton  {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
+    print(f"product {products()}")
     print(f"native  {'loaded' if backend.native else backend.why_not}")
     print()
     print_table([("op", "device", "served by", "because"), *rows()])

@@ -14,9 +14,16 @@ from torch.nn import functional as _F
 from nnfast import portable
 from nnfast.backend import native, torch_serves
 
+
+def _torchs(*_) -> None:
+    """The gate of an op for which there is no kernel without the extension."""
+
+
 _ours = native or portable
-_layer_norm, _gelu = _ours.layer_norm, _ours.gelu
-_linear, _linear_gelu, _linear_gelu_pre = _ours.linear, _ours.linear_gelu, _ours.linear_gelu_pre
+_layer_norm, _gelu, _linear_gelu = _ours.layer_norm, _ours.gelu, _ours.linear_gelu
+_linear_gelu_pre = _ours.linear_gelu_pre
+_linear = native.linear if native else _torchs
+_cross_entropy = native.cross_entropy if native else _torchs
 
 
 def layer_norm(
@@ -193,6 +200,50 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, appro
                 return output
             torch_serves("linear_gelu")
         return _F.gelu(_F.linear(input, weight, bias), approximate=approximate)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    r"""The cross-entropy of logits with their classes, as :func:`torch.nn.functional.cross_entropy`.
+
+    :math:`-w_y \log \mathrm{softmax}(x)_y`, smoothed by Szegedy et al., 2016 (``csrc/math/cross_entropy.h``). The
+    logits are read once, and once more for their gradient, which is written over them where nobody else can see them. A
+    mean is over the weights of the classes that are not ignored.
+
+    Args:
+        input: ``(N, C)``, ``(C,)`` or ``(N, C, d1, ...)``; float32, bfloat16, float16 or float64.
+        target: class indices, ``(N,)``, ``()`` or ``(N, d1, ...)``, int64. Probabilities are torch's.
+        weight: ``(C,)``, in the input's dtype, or None.
+        ignore_index: of the rows that count for nothing.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``.
+        label_smoothing: from 0 to 1.
+        size_average, reduce: torch's deprecated ones.
+
+    Returns:
+        A scalar, or ``target``'s shape without a reduction, in the input's dtype; float32 where autocast is on. Sums
+        are taken in float32 and float64.
+
+    Raises:
+        IndexError, RuntimeError: torch's own, for classes out of range, and shapes or dtypes that do not fit.
+    """
+    if torch.jit.is_scripting():
+        return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    else:
+        if not is_compiling():
+            if size_average is None and reduce is None:
+                output = _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+                if output is not None:
+                    return output
+            torch_serves("cross_entropy")
+        return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
 # In a script that calls them, these are torch's builtin operators.

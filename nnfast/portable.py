@@ -114,10 +114,6 @@ def gelu(input, approximate) -> None:
     """torch's own is bound by memory, and cheaper to launch."""
 
 
-def linear(input, weight, bias) -> None:
-    """torch's own is the library's."""
-
-
 def linear_gelu(input, weight, bias, approximate) -> Tensor | None:
     if not _open(input, weight, bias) or approximate not in ("none", "tanh"):
         return None

@@ -35,6 +35,29 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, appro
     return gelu(pre if bias is None else pre + bias, approximate)
 
 
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """``-w_y log softmax(input)_y``, mixed with the classes' mean; a mean is over the weights of what counts."""
+    input = input.movedim(1, -1) if input.dim() > 1 else input
+    n = input.logsumexp(-1, keepdim=True) - input
+    w = torch.ones_like(n[..., :1]).expand_as(n) if weight is None else weight.expand_as(n)
+    counts = target != ignore_index
+    y = target.where(counts, 0).unsqueeze(-1)
+    loss = (1 - label_smoothing) * (w * n).gather(-1, y).squeeze(-1)
+    if label_smoothing:
+        loss = loss + label_smoothing * (w * n).mean(-1)
+    loss = loss.where(counts, 0)
+    if reduction == "none":
+        return loss
+    return loss.sum() / (w.gather(-1, y).squeeze(-1) * counts).sum() if reduction == "mean" else loss.sum()
+
+
 def adamw(
     param: Tensor,
     grad: Tensor,

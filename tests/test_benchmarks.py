@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nnfast.benchmarks import bench_adamw, bench_layer_norm, bench_linear_gelu, harness, report
+from nnfast.benchmarks import bench_adamw, bench_cross_entropy, bench_layer_norm, bench_linear_gelu, harness, report
 
-MODULES = (bench_layer_norm, bench_linear_gelu, bench_adamw)
+MODULES = (bench_layer_norm, bench_linear_gelu, bench_cross_entropy, bench_adamw)
 ROOT = Path(__file__).parents[1]
 
 

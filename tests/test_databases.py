@@ -35,6 +35,12 @@ def layer_norm_formula(input, normalized_shape, weight=None, bias=None, eps=1e-5
     return reference.layer_norm(input, normalized_shape, weight, bias, eps)
 
 
+def cross_entropy_formula(input, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0):
+    if input.shape == target.shape or input.numel() == 0:  # torch's, in any case
+        return TF.cross_entropy(input, target, weight, None, ignore_index, None, reduction, label_smoothing)
+    return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+
+
 # The database's name, ours, torch's, the formula.
 FUNCTIONS = [
     ("nn.functional.layer_norm", F.layer_norm, TF.layer_norm, layer_norm_formula),
@@ -42,6 +48,7 @@ FUNCTIONS = [
     ("nn.functional.gelu", F.gelu, TF.gelu, reference.gelu),
     ("nn.functional.linear", F.linear, TF.linear, TF.linear),
     ("nn.functional.linear", F.linear_gelu, torchs_linear_gelu, reference.linear_gelu),
+    ("nn.functional.cross_entropy", F.cross_entropy, TF.cross_entropy, cross_entropy_formula),
 ]
 names = [f[0] for f in FUNCTIONS]
 
@@ -51,6 +58,11 @@ def tensors(*trees):
     found = []
     tree_map(lambda t: found.append(t) if isinstance(t, torch.Tensor) and t.requires_grad else None, trees)
     return found
+
+
+def exactly(value):
+    """A tensor of numbers in float64; anything else, classes too, as it is."""
+    return double(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def outcome(call):
@@ -69,7 +81,7 @@ def test_samples_of_an_op(name, ours, theirs, formula, dtype):
     for sample in OPS[name].reference_inputs("cpu", dtype, requires_grad=True):
         args, kwargs = (sample.input, *sample.args), sample.kwargs
         assert ours(*args, **kwargs).stride() == theirs(*args, **kwargs).stride()
-        true_args, true_kwargs = tree_map(lambda t: double(t) if isinstance(t, torch.Tensor) else t, (args, kwargs))
+        true_args, true_kwargs = tree_map(exactly, (args, kwargs))
         results = []
         for f, a, k in ((ours, args, kwargs), (theirs, args, kwargs), (formula, true_args, true_kwargs)):
             output = f(*a, **k)
@@ -109,6 +121,7 @@ CLASSES = [
     (torch.nn.GELU, nn.GELU, torch.nn.GELU),
     (torch.nn.Linear, nn.Linear, torch.nn.Linear),
     (torch.nn.Linear, nn.LinearGELU, LinearThenGELU),
+    (torch.nn.CrossEntropyLoss, nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss),
     (torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),
     (torch.nn.TransformerEncoder, encoder, torch.nn.TransformerEncoder),
 ]
@@ -135,11 +148,11 @@ def test_inputs_of_a_module(kind, ours, theirs, training):
             results.append((list(state), list(state.values()), output, again(*forward.args, **forward.kwargs), grads))
         assert results[0][0] == results[1][0]
         torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
-        torch.testing.assert_close(results[0][2:4], results[1][2:4])
+        torch.testing.assert_close(results[0][2:4], results[1][2:4], equal_nan=True)
         for a, b in zip(results[0][4], results[1][4], strict=True):
             assert (a is None) == (b is None)
             if a is not None:
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 # differentiable=True takes no leaves: test_adamw.py::test_differentiable.

@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import threading
@@ -16,8 +17,9 @@ import nnfast.nn.functional as F
 from nnfast import backend, nn, optim
 
 OURS = {
-    "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "Sequential", "TransformerEncoderLayer", "functional"},
-    "nn.functional": {"layer_norm", "gelu", "linear", "linear_gelu"},
+    "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "CrossEntropyLoss", "Sequential", "TransformerEncoderLayer"}
+    | {"functional"},
+    "nn.functional": {"layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy"},
     "optim": {"AdamW"},
 }
 
@@ -78,8 +80,9 @@ def test_import_is_quiet():
 def test_doctor():
     done = subprocess.run([sys.executable, "-m", "nnfast"], capture_output=True, text=True)
     assert done.returncode == 0 and torch.__version__ in done.stdout
-    for op in ("layer_norm", "gelu", "linear", "linear_gelu", "adamw_"):
+    for op in ("layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "adamw_"):
         assert op in done.stdout
+    assert re.search("^product ", done.stdout, re.MULTILINE)
 
 
 def test_use_backend_raises_for_what_is_not_there():
@@ -139,7 +142,10 @@ def test_environment_variable_holds_every_thread():
 def test_other_instruction_sets(capability):
     """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ("layer_norm", "linear", "linear_gelu", "adamw")]
+    files = [
+        f"{__file__.rsplit('/', 1)[0]}/test_{op}.py"
+        for op in ("layer_norm", "linear", "linear_gelu", "cross_entropy", "adamw")
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
         env=env,

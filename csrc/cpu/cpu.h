@@ -50,6 +50,8 @@ void for_each_block(
 // stay there until the next op in any case, and without the detour a line is not read before it is overwritten. Every
 // row must start on a line.
 bool may_stream(const at::Tensor& output, size_t bytes);
+// The same for a kernel that looks for the lines itself.
+bool may_stream(size_t bytes);
 
 // How many threads share `rows` rows of `size` elements: each gets at least some 16k elements, below which one
 // more thread costs more than it brings.

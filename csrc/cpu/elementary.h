@@ -45,6 +45,29 @@ NNFAST_INLINE Sides<V> normal_cdf_simd(V x) {
   return sides(x, exp2(log2_erfc(a), -1.0f));
 }
 
+// e^x for a double x <= 0, to the last bits but one. Scalar math: n = round(x / log 2), r = x - n log 2 in two parts,
+// e^x = 2^n e^r, e^r by its Taylor series to r^13: the next term is 4e-18 of it.
+template <class V>
+NNFAST_INLINE V exp_of_negative_double(V x) {
+  x = at_least(V(-2000.0), x);
+  const V n = round(x * 1.4426950408889634), r = (x - n * 6.93147180369123816490e-01) - n * 1.90821492927058770002e-10;
+  V p = r * (1.0 / 6227020800) + 1.0 / 479001600;
+  p = p * r + 1.0 / 39916800;
+  p = p * r + 1.0 / 3628800;
+  p = p * r + 1.0 / 362880;
+  p = p * r + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r + 1.0;
+  return scale2(p * r + 1.0, n);
+}
+
+NNFAST_INLINE f64v exp(f64v x) { return exp_of_negative_double(x); }
+NNFAST_INLINE Quad<double> exp(Quad<double> x) { return exp_of_negative_double(x); }
 NNFAST_INLINE f32v exp(f32v x) { return exp_of_negative(x); }
 NNFAST_INLINE Quad<float> exp(Quad<float> x) { return exp_of_negative(x); }
 NNFAST_INLINE Sides<f32v> sigmoid(f32v x) { return sigmoid_simd(x); }

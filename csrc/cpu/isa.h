@@ -21,13 +21,15 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 #endif
 
 #include "adamw.h"
+#include "cross_entropy.h"
 #include "layer_norm.h"
 #include "linear.h"
 #include "linear_gelu.h"
 
 namespace nnfast::NNFAST_ISA {
 extern const Kernels kernels = {
-    NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd, sum_rows, move_sums, sum_parts, adamw,
+    NNFAST_NAME,       sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd,  gelu_bwd,
+    cross_entropy_fwd, cross_entropy_bwd,  sum_rows,       move_sums,      sum_parts, adamw,
 };
 }  // namespace nnfast::NNFAST_ISA
 

@@ -53,6 +53,33 @@ struct GeluBackward {
   bool stream;
 };
 
+// Rows of `size` logits and each row's class. What a kernel keeps and takes beside the logits, weight included, is of
+// the accumulation type: max and sum, one a row.
+struct CrossEntropyForward {
+  DType dtype;
+  int64_t size, input_stride;
+  double smoothing;
+  int64_t ignore_index;
+  const void* input;
+  const int64_t* target;
+  const void* weight;  // may be null
+  void *max, *sum, *loss;
+};
+struct CrossEntropyBackward {
+  DType dtype;
+  int64_t size, input_stride;
+  int64_t grad_stride;  // 1, or 0 for one gradient of all rows
+  double smoothing;
+  int64_t ignore_index;
+  double all_weights;   // their sum over the classes
+  double total_weight;  // what each row's gradient is divided by
+  const void* input;
+  const int64_t* target;
+  const void *weight, *max, *sum, *grad;  // weight may be null
+  void* grad_input;                       // contiguous rows, or where the input is
+  bool stream;
+};
+
 struct AdamWTensor {
   DType dtype;
   void *param, *grad, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null without amsgrad
@@ -70,9 +97,10 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackward&, void* grad_weight, void* grad_bias, int64_t begin, int64_t end);
   void (*gelu)(const Gelu&, int64_t begin, int64_t end);
   void (*gelu_backward)(const GeluBackward&, void* grad_bias, int64_t begin, int64_t end);
+  void (*cross_entropy)(const CrossEntropyForward&, int64_t begin, int64_t end);
+  void (*cross_entropy_backward)(const CrossEntropyBackward&, int64_t begin, int64_t end);
   // sums[i] += the sum over the rows of rows[r][i]; they lie `stride` elements apart.
-  void (*sum_rows)(
-      DType dtype, const void* rows, int64_t stride, int64_t size, void* sums, int64_t begin, int64_t end);
+  void (*sum_rows)(DType dtype, const void* rows, int64_t stride, int64_t size, void* sums, int64_t begin, int64_t end);
   // to[i] += from[i]; from[i] = 0.
   void (*move_sums)(DType dtype, void* to, void* from, int64_t size);
   // out[i] = the sum of parts[k][i] over k < count, in that order; parts lie `size` apart, in the accumulation type.

@@ -162,18 +162,26 @@ NNFAST_INLINE void stream(T* p, f32v v) {
 // The lanes that do not take part become zero.
 NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t) { return _mm512_maskz_mov_ps((1u << t.n) - 1, v); }
 NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t) { return _mm512_maskz_mov_pd((1u << t.n) - 1, v); }
+// They become `rest`.
+NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t, f32v rest) { return _mm512_mask_mov_ps(rest, (1u << t.n) - 1, v); }
+NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t, f64v rest) { return _mm512_mask_mov_pd(rest, (1u << t.n) - 1, v); }
 
 NNFAST_INLINE float sum(f32v v) { return _mm512_reduce_add_ps(v); }
 NNFAST_INLINE double sum(f64v v) { return _mm512_reduce_add_pd(v); }
+NNFAST_INLINE float largest(f32v v) { return _mm512_reduce_max_ps(v); }
+NNFAST_INLINE double largest(f64v v) { return _mm512_reduce_max_pd(v); }
 NNFAST_INLINE f32v sqrt(f32v v) { return _mm512_sqrt_ps(v); }
 NNFAST_INLINE f64v sqrt(f64v v) { return _mm512_sqrt_pd(v); }
 NNFAST_INLINE f32v abs(f32v v) { return _mm512_abs_ps(v); }
 NNFAST_INLINE f32v round(f32v v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+NNFAST_INLINE f64v round(f64v v) { return _mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // v 2^n, with overflow to infinity and underflow to zero.
 NNFAST_INLINE f32v scale2(f32v v, f32v n) { return _mm512_scalef_ps(v, n); }
+NNFAST_INLINE f64v scale2(f64v v, f64v n) { return _mm512_scalef_pd(v, n); }
 // The smaller, the larger of a limit and x; a NaN in x stays, because the instruction gives its second operand then.
 NNFAST_INLINE f32v at_most(f32v limit, f32v x) { return _mm512_min_ps(limit, x); }
 NNFAST_INLINE f32v at_least(f32v limit, f32v x) { return _mm512_max_ps(limit, x); }
+NNFAST_INLINE f64v at_least(f64v limit, f64v x) { return _mm512_max_pd(limit, x); }
 // x < 0 ? a : b
 NNFAST_INLINE f32v if_negative(f32v x, f32v a, f32v b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
@@ -240,6 +248,14 @@ NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t) {
   const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
   return _mm256_and_pd(v, _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(t.n), lane)));
 }
+NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t, f32v rest) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_blendv_ps(rest, v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)t.n), lane)));
+}
+NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t, f64v rest) {
+  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
+  return _mm256_blendv_pd(rest, v, _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(t.n), lane)));
+}
 
 NNFAST_INLINE float sum(f32v v) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -250,17 +266,34 @@ NNFAST_INLINE double sum(f64v v) {
   const __m128d s = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
   return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
 }
+NNFAST_INLINE float largest(f32v v) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+NNFAST_INLINE double largest(f64v v) {
+  const __m128d s = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
+}
 NNFAST_INLINE f32v sqrt(f32v v) { return _mm256_sqrt_ps(v); }
 NNFAST_INLINE f64v sqrt(f64v v) { return _mm256_sqrt_pd(v); }
 NNFAST_INLINE f32v abs(f32v v) { return _mm256_andnot_ps(f32v(-0.0f), v); }
 NNFAST_INLINE f32v round(f32v v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+NNFAST_INLINE f64v round(f64v v) { return _mm256_round_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 NNFAST_INLINE f32v at_most(f32v limit, f32v x) { return _mm256_min_ps(limit, x); }
 NNFAST_INLINE f32v at_least(f32v limit, f32v x) { return _mm256_max_ps(limit, x); }
+NNFAST_INLINE f64v at_least(f64v limit, f64v x) { return _mm256_max_pd(limit, x); }
 // v 2^n for n from -127, counted as 2^-127 = 0, to 128, where 2^128 is infinity.
 NNFAST_INLINE f32v scale2(f32v v, f32v n) {
   n = at_most(128.0f, at_least(-127.0f, n));
   const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return v * f32v(_mm256_castsi256_ps(e));
+}
+// The same for n from -1023, counted as 2^-1023 = 0, to 1023.
+NNFAST_INLINE f64v scale2(f64v v, f64v n) {
+  n = _mm256_max_pd(_mm256_set1_pd(-1023.0), n);
+  const __m256i e = _mm256_add_epi64(_mm256_cvtepi32_epi64(_mm256_cvtpd_epi32(n)), _mm256_set1_epi64x(1023));
+  return v * f64v(_mm256_castsi256_pd(_mm256_slli_epi64(e, 52)));
 }
 // blendv looks at the sign bit alone: -0 counts as negative, which no caller can tell.
 NNFAST_INLINE f32v if_negative(f32v x, f32v a, f32v b) { return _mm256_blendv_ps(b, a, x); }
@@ -325,6 +358,10 @@ template <class V>
 NNFAST_INLINE V keep(V v, Full<V>) {
   return v;
 }
+template <class V>
+NNFAST_INLINE V keep(V v, Full<V>, V) {
+  return v;
+}
 #define NNFAST_PAIRWISE1(f)            \
   template <class V>                   \
   NNFAST_INLINE Pair<V> f(Pair<V> a) { \
@@ -384,6 +421,27 @@ struct Sum {
     return first(v.lo);
   }
 };
+
+// The largest of a run, -inf of an empty one; a NaN is passed over.
+template <class A, class Wide = Quad<A>>
+struct Largest {
+  Wide m;
+  NNFAST_MEMBER Largest() : m(A(-INFINITY)) {}
+  // The second operand of at_least stays where the first is NaN.
+  NNFAST_MEMBER void take(Wide v) { m = at_least(v, m); }
+  NNFAST_MEMBER void take(Vec<A> v) { m = at_least(Wide(Pair<Vec<A>>(v, v), Pair<Vec<A>>(v, v)), m); }
+  NNFAST_MEMBER A total() const { return largest(at_least(at_least(m.lo.lo, m.lo.hi), at_least(m.hi.lo, m.hi.hi))); }
+};
+
+// body(i, part, past) over a run that is written to p: as sweep, and with `past` where `stream` says so and p + i is on
+// a line.
+template <class A, class T, class Body>
+NNFAST_INLINE void sweep_lines(const T* p, int64_t n, bool stream, Body body) {
+  int64_t head = stream ? (int64_t)(-(uintptr_t)p % 64 / sizeof(T)) : 0;
+  if (head > n) head = n;
+  if (head) sweep<A>(head, [&](int64_t i, auto part) NNFAST_LAMBDA { body(i, part, false); });
+  sweep<A>(n - head, [&](int64_t i, auto part) NNFAST_LAMBDA { body(head + i, part, stream); });
+}
 
 // ---- from a run-time dtype to a type: body(T{}), and body(T{}, W{}) where W may be float for a 16-bit T ----
 

@@ -166,6 +166,15 @@ def fetch(packages: list[str], target: str) -> None:
     subprocess.run([*pip, "--target", str(ROOT / "build" / target), *packages], check=True)
 
 
+def fetched_toolkit() -> Path:
+    """The toolkit, from this machine where it has CUDA 13, or from PyPI."""
+    root = toolkit()
+    if root is None or int(release(root).split(".")[0]) < 13:
+        fetch(TOOLKIT, "cuda")
+        root = ROOT / "build/cuda/nvidia/cu13"
+    return root
+
+
 def disassembler() -> str:
     fetched = ROOT / "build/cuobjdump/nvidia/cu13/bin/cuobjdump"
     if found := shutil.which("cuobjdump"):
@@ -180,10 +189,7 @@ def main() -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
-    root = toolkit()
-    if root is None or int(release(root).split(".")[0]) < 13:
-        fetch(TOOLKIT, "cuda")
-        root = ROOT / "build/cuda/nvidia/cu13"
+    root = fetched_toolkit()
     if cutlass() is None:
         fetch([CUTLASS], "cutlass")
     cuobjdump = disassembler()

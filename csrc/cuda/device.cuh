@@ -33,8 +33,18 @@ inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 
 template <class... Params, class... Args>
 cudaError_t launch(
     void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args&... args) {
-  kernel<<<grid, block, shared, stream>>>(args...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// The shared memory of a block beyond what its kernel declares: as much as the launch says.
+__device__ inline char* dynamic_shared() {
+  extern __shared__ __align__(16) char dynamic_shared_memory[];
+  return dynamic_shared_memory;
 }
 
 // V elements as they lie in memory, read and written in pieces of 16 bytes at the most.

@@ -104,10 +104,9 @@ __device__ void each_column(int64_t n, bool vectors, Body body) {
 template <class T, class W>
 __global__ void __launch_bounds__(kLongBlock) layer_norm_fwd_long_kernel(LayerNormForward f, bool vectors, bool keep) {
   constexpr int V = kVector<T>;
-  extern __shared__ __align__(16) char shared[];
   const int64_t row = blockIdx.x, n = f.size;
   const T* x = static_cast<const T*>(f.input) + row * f.input_stride;
-  T* kept = reinterpret_cast<T*>(shared);
+  T* kept = reinterpret_cast<T*>(dynamic_shared());
   float sum[1] = {};
   each_column<V>(n, vectors, [&](int64_t i, auto size) {
     float v[size()];

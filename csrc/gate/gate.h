@@ -29,8 +29,8 @@ inline std::optional<Backend> backend_called(const char* name) {
 // What use_backend() holds this thread to, or NNFAST_BACKEND every thread.
 inline thread_local std::optional<Backend> held = backend_called(std::getenv("NNFAST_BACKEND"));
 
-enum Op { kLayerNorm, kGelu, kLinear, kLinearGelu, kAdamW };
-constexpr std::array kOps = {"layer_norm", "gelu", "linear", "linear_gelu", "adamw_"};
+enum Op { kLayerNorm, kGelu, kLinear, kLinearGelu, kCrossEntropy, kAdamW };
+constexpr std::array kOps = {"layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "adamw_"};
 
 // Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
 // Python registers and then says so.
@@ -61,6 +61,12 @@ inline bool unpack_double(PyObject* o, double& out) {
   out = PyFloat_AsDouble(o);
   if (!PyErr_Occurred()) return true;
   return PyErr_Clear(), false;
+}
+
+inline bool unpack_int(PyObject* o, int64_t& out) {
+  if (!PyLong_CheckExact(o)) return false;
+  out = PyLong_AsLongLong(o);
+  return PyErr_Occurred() ? (PyErr_Clear(), false) : true;
 }
 
 // A sequence of ints; a single int, as torch's own parser, is not one.

@@ -1,10 +1,11 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear, linear_gelu, linear_gelu_pre: the result, or None where the call is torch's.
+// layer_norm, gelu, linear, linear_gelu, linear_gelu_pre, cross_entropy: the result, or None where the call is torch's.
 // adamw_: True, or False where nothing was done and the step is torch's.
 // A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
+#include <ATen/core/Reduction.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -51,6 +52,13 @@ namespace {
 PyObject* wrong_arguments(const char* signature) {
   PyErr_SetString(PyExc_TypeError, signature);
   return nullptr;
+}
+
+bool unpack_reduction(PyObject* o, int64_t& out) {
+  c10::string_view name;
+  if (!unpack_string(o, name)) return false;
+  out = name == "none" ? at::Reduction::None : name == "mean" ? at::Reduction::Mean : at::Reduction::Sum;
+  return name == "none" || name == "mean" || name == "sum";
 }
 
 // layer_norm(input, normalized_shape, weight, bias, eps)
@@ -133,6 +141,30 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if constexpr (!WithPre) return THPVariable_Wrap(std::move(output));
   THPObjectPtr first(THPVariable_Wrap(std::move(output))), second(THPVariable_Wrap(std::move(pre)));
   return first && second ? PyTuple_Pack(2, first.get(), second.get()) : nullptr;
+  END_HANDLE_TH_ERRORS
+}
+
+// cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 6)
+    return wrong_arguments("cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)");
+  int64_t ignore_index, reduction;
+  double label_smoothing;
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2]) || !unpack_int(args[3], ignore_index) ||
+      !unpack_reduction(args[4], reduction) || !unpack_double(args[5], label_smoothing))
+    Py_RETURN_NONE;
+  const Tensor &input = THPVariable_Unpack(args[0]), &target = THPVariable_Unpack(args[1]);
+  const OptTensor weight = optional_tensor(args[2]);
+  if (!open(kCrossEntropy, input) || !ordinary(input) || !ordinary(target) || !ordinary(weight) ||
+      !covers_cross_entropy(input, target, weight, ignore_index, label_smoothing))
+    Py_RETURN_NONE;
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing));
+  }
+  return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
 }
 
@@ -249,6 +281,7 @@ PyMethodDef methods[] = {
     FAST("linear", py_linear),
     FAST("linear_gelu", py_linear_gelu<false>),
     FAST("linear_gelu_pre", py_linear_gelu<true>),
+    FAST("cross_entropy", py_cross_entropy),
     FAST("adamw_", py_adamw_),
     FAST("set_threshold", py_set_threshold),
     {"hold", py_hold, METH_O, nullptr},

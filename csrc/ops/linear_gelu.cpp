@@ -58,12 +58,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
   return op.call(grad_out, input, weight, pre, approximate, output_mask);
 }
 
-namespace {
-bool known_dtype(at::ScalarType t) {
-  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
-}
-}  // namespace
-
 bool covers_gelu(const Tensor& input, c10::string_view approximate) {
   if (input.scalar_type() == at::kDouble && !input.is_cpu()) return false;
   return known_dtype(input.scalar_type()) && (approximate == "none" || approximate == "tanh");

@@ -32,6 +32,10 @@ bool any_needs_grad(const T&... t) {
   return at::GradMode::is_enabled() && (needs_grad(t) || ...);
 }
 
+inline bool known_dtype(at::ScalarType t) {
+  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+
 // ---- the gate ----
 //
 // A call is ours when nothing but plain eager execution is going on (ordinary_thread), every tensor is a plain
@@ -58,13 +62,19 @@ bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& b
 void check_linear_backward(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
+bool covers_cross_entropy(
+    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
+    std::optional<at::ScalarType> dtype = std::nullopt);
+// What a mean divides by: the weights of the rows' classes, ignored ones left out. None where a class is out of range.
+std::optional<double> total_weight(
+    const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index);
 // One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come
 // in another 16-bit type or float than the parameter.
 bool covers_adamw(
     const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
     const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes = false);
 
-// ---- the ops; their schemas and what they do are in layer_norm.cpp, linear.cpp, linear_gelu.cpp and adamw.cpp ----
+// ---- the ops; their schemas and what they do are in the file of their stem ----
 
 std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
@@ -85,6 +95,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward(
 std::tuple<Tensor, Tensor, Tensor> linear_gelu_backward_(
     const Tensor& grad_out, const Tensor& input, const Tensor& weight, const Tensor& pre, c10::string_view approximate,
     std::array<bool, 3> output_mask);
+std::tuple<Tensor, Tensor> cross_entropy(
+    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<at::ScalarType> dtype = std::nullopt);
+Tensor cross_entropy_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing);
+void cross_entropy_backward_(
+    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing);
 void adamw_(
     at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
     at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,

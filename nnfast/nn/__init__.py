@@ -5,6 +5,7 @@ from torch.nn import *  # noqa: F403
 
 import nnfast.nn.functional as functional  # noqa: F401  (by its full name: a bare one is torch's, starred in above)
 from nnfast import _alias
+from nnfast.nn.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from nnfast.nn.layer_norm import LayerNorm as LayerNorm
 from nnfast.nn.linear import Linear as Linear
 from nnfast.nn.linear_gelu import GELU as GELU

@@ -1,0 +1,243 @@
+// The contract of cross-entropy: schema, which calls are covered, shapes, autograd, autocast. On a CPU.
+#include <ATen/OpMathType.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Reduction.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/ones.h>
+#include <torch/library.h>
+
+#include "../gate/autograd.h"
+#include "op.h"
+
+namespace nnfast {
+
+TORCH_LIBRARY_FRAGMENT(nnfast, m) {
+  // aten::cross_entropy_loss for a target of class indices. dtype: of the output, as if the input were brought to it
+  // first. stats: (2, rows), each row's maximum and sum of exp(x - maximum), in float (double for float64).
+  m.def(
+      "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100,"
+      " float label_smoothing=0.0, *, ScalarType? dtype=None) -> (Tensor output, Tensor stats)");
+  m.def(
+      "cross_entropy_backward(Tensor grad_out, Tensor input, Tensor stats, Tensor target, Tensor? weight,"
+      " int reduction, int ignore_index, float label_smoothing) -> Tensor");
+  // The same, and the input is overwritten by its gradient: no memory is taken for it.
+  m.def(
+      "cross_entropy_backward_(Tensor grad_out, Tensor(a!) input, Tensor stats, Tensor target, Tensor? weight,"
+      " int reduction, int ignore_index, float label_smoothing) -> ()");
+}
+
+std::tuple<Tensor, Tensor> cross_entropy(
+    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<at::ScalarType> dtype) {
+  static const auto op = find_op<decltype(cross_entropy)>("cross_entropy");
+  return op.call(input, target, weight, reduction, ignore_index, label_smoothing, dtype);
+}
+
+Tensor cross_entropy_backward(
+    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  static const auto op = find_op<decltype(cross_entropy_backward)>("cross_entropy_backward");
+  return op.call(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
+}
+
+void cross_entropy_backward_(
+    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  static const auto op = find_op<decltype(cross_entropy_backward_)>("cross_entropy_backward_");
+  op.call(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
+}
+
+// The dimension of the classes.
+static int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
+std::optional<double> total_weight(
+    const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index) {
+  const Tensor rows = target.contiguous(), w = defined(weight) ? weight->to(at::kDouble).contiguous() : Tensor();
+  const double* const weights = w.defined() ? w.const_data_ptr<double>() : nullptr;
+  const int64_t *y = rows.const_data_ptr<int64_t>(), *const end = y + rows.numel();
+  double total = 0;
+  for (; y < end; ++y) {
+    if (*y == ignore_index) continue;
+    if (*y < 0 || *y >= classes) return std::nullopt;
+    total += weights ? weights[*y] : 1.0;
+  }
+  return total;
+}
+
+bool covers_cross_entropy(
+    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
+    std::optional<at::ScalarType> dtype) {
+  const int64_t dim = input.dim();
+  if (!input.is_cpu() || !known_dtype(input.scalar_type()) || dim < 1 || input.numel() == 0) return false;
+  if (!target.is_cpu() || target.scalar_type() != at::kLong || target.dim() != dim - 1) return false;
+  for (int64_t d = 0; d < dim - 1; ++d)
+    if (target.size(d) != input.size(d == 0 ? 0 : d + 1)) return false;
+  const int64_t classes = input.size(class_dim(input));
+  // Where the logits of an element lie apart, as in planes of an image, torch reads across them.
+  if (dim > 2 && classes != 1 && input.stride(1) != 1) return false;
+  if (!(label_smoothing >= 0 && label_smoothing <= 1)) return false;
+  // The output is of the input's dtype, or float for a 16-bit input; the weight is of the output's, or autocast will
+  // bring it there. It leaves float64 alone.
+  const auto type = dtype.value_or(input.scalar_type());
+  if (type != input.scalar_type() && (type != at::kFloat || input.scalar_type() == at::kDouble)) return false;
+  if (defined(weight)) {
+    // Torch knows no gradient of the weight.
+    if (!weight->is_cpu() || weight->dim() != 1 || weight->size(0) != classes || any_needs_grad(*weight)) return false;
+    const auto autocast = [](at::ScalarType t) { return known_dtype(t) && t != at::kDouble; };
+    if (weight->scalar_type() != type &&
+        !(at::autocast::is_autocast_enabled(at::kCPU) && autocast(type) && autocast(weight->scalar_type())))
+      return false;
+  }
+  return total_weight(target, std::nullopt, classes, ignore_index).has_value();
+}
+
+namespace {
+
+// ---- shapes, for fake tensors and meta tensors ----
+
+std::tuple<Tensor, Tensor> cross_entropy_meta(
+    const Tensor& input, const Tensor& target, const OptTensor&, int64_t reduction, int64_t, double,
+    std::optional<at::ScalarType> dtype) {
+  const auto options = input.options().dtype(dtype.value_or(input.scalar_type()));
+  return {
+      reduction == at::Reduction::None ? at::empty_symint(target.sym_sizes(), options) : at::empty({}, options),
+      at::empty_symint({2, target.sym_numel()}, input.options().dtype(at::toOpMathType(input.scalar_type())))};
+}
+
+Tensor cross_entropy_backward_meta(
+    const Tensor&, const Tensor& input, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double) {
+  c10::SymDimVector sizes(input.sym_sizes());
+  std::rotate(sizes.begin() + class_dim(input), sizes.begin() + class_dim(input) + 1, sizes.end());
+  return at::empty_symint(sizes, input.options()).movedim(-1, class_dim(input));
+}
+
+void cross_entropy_backward_meta_(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double) {}
+
+// ---- autograd ----
+
+// Whether there is one reference to t. The object that Python knew it by holds another, and lives as long as t does.
+bool held_once(const at::TensorBase& t) {
+  const auto holders = t.use_count();
+  return holders == 1 || (holders == 2 && t.unsafeGetTensorImpl()->pyobj_slot()->has_unique_reference());
+}
+
+// Whether nobody can see the memory of t any more, t being the last reference to it. A view keeps its base alive.
+bool seen_by_nobody_else(const Tensor& t) {
+  const auto holders = t.storage().use_count();
+  return held_once(t) && (holders == 1 || (holders == 2 && t.is_view() && held_once(t._base())));
+}
+
+struct CrossEntropy {
+  static constexpr auto name = "CrossEntropyBackward";
+  static constexpr bool is_traceable = false;
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    auto* const last = last_backward<CrossEntropy>(ctx);
+    auto saved = ctx->get_saved_variables();
+    const NotRecorded guard;
+    if (!grads[0].defined()) return {Tensor()};
+    const int64_t reduction = ctx->saved_data["reduction"].toInt();
+    const int64_t ignore_index = ctx->saved_data["ignore_index"].toInt();
+    const double label_smoothing = ctx->saved_data["label_smoothing"].toDouble();
+    // A storage that cannot be resized is memory that somebody else brought, such as numpy.
+    const bool may_overwrite = last && !at::GradMode::is_enabled() && saved[0].is_contiguous() &&
+                               saved[0].storage().resizable() && saved[0].dim() <= 2;
+    if (may_overwrite && overwritten(*last, grads[0], saved, reduction, ignore_index, label_smoothing))
+      return {saved[0].detach()};
+    return {cross_entropy_backward(
+        grads[0], saved[0], saved[1], saved[2], saved[3], reduction, ignore_index, label_smoothing)};
+  }
+
+ private:
+  // The logits make room for their gradient where nobody else can see them. If they do not, or memory runs out before
+  // anything was written, the node has what it had.
+  static bool overwritten(
+      OpNode<CrossEntropy>& node, const Tensor& grad_out, const variable_list& saved, int64_t reduction,
+      int64_t ignore_index, double label_smoothing) {
+    let_go(node);
+    const auto put_back = [&] {
+      node.ctx_.save_for_backward(saved);
+      node.save_variables_to_ctx();
+    };
+    try {
+      const bool alone = seen_by_nobody_else(saved[0]);
+      if (alone)
+        cross_entropy_backward_(
+            grad_out, saved[0], saved[1], saved[2], saved[3], reduction, ignore_index, label_smoothing);
+      else
+        put_back();
+      return alone;
+    } catch (...) {
+      put_back();
+      throw;
+    }
+  }
+};
+
+std::tuple<Tensor, Tensor> cross_entropy_autograd(
+    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<at::ScalarType> dtype) {
+  const auto forward = [&] {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, dtype);
+  };
+  if (!any_needs_grad(input)) return forward();
+  const auto node = make_node<CrossEntropy>(input);
+  auto out = forward();
+  node->ctx_.saved_data["reduction"] = reduction;
+  node->ctx_.saved_data["ignore_index"] = ignore_index;
+  node->ctx_.saved_data["label_smoothing"] = label_smoothing;
+  record(node, std::get<0>(out), {input, std::get<1>(out), target, weight.value_or(Tensor())});
+  return out;
+}
+
+// In ATen, and so differentiable: g (softmax sum_c q_c - q), q_c = ((1 - e) [c = y] + e / C) w_c, over the total weight
+// where it is a mean.
+Tensor cross_entropy_backward_autograd(
+    const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+  if (!any_needs_grad(grad_out, input)) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return cross_entropy_backward(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
+  }
+  const Tensor x = input.movedim(class_dim(input), -1).to(grad_out.scalar_type());
+  const auto classes = x.sym_size(-1);
+  const Tensor valid = target.ne(ignore_index), y = target.masked_fill(valid.logical_not(), 0).unsqueeze(-1);
+  const Tensor w = (defined(weight) ? *weight : at::ones_symint({classes}, x.options())).to(x.scalar_type());
+  const Tensor is_y = at::arange(classes, y.options()).eq(y);
+  Tensor q = (is_y * (1 - label_smoothing) + label_smoothing / (double)classes.guard_int(__FILE__, __LINE__)) * w;
+  q = q * valid.unsqueeze(-1);
+  if (reduction == at::Reduction::Mean) q = q / (is_y * w * valid.unsqueeze(-1)).sum();
+  const Tensor g = reduction == at::Reduction::None ? grad_out.unsqueeze(-1) : grad_out;
+  return ((x.softmax(-1) * q.sum(-1, true) - q) * g).to(input.scalar_type()).movedim(-1, class_dim(input));
+}
+
+// ---- autocast: float, as torch lists cross_entropy_loss on a CPU; the copy in float is never made ----
+
+std::tuple<Tensor, Tensor> cross_entropy_autocast(
+    const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::optional<at::ScalarType> dtype) {
+  c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+  const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
+  return cross_entropy(
+      input, target, at::autocast::cached_cast(at::kFloat, weight, at::kCPU), reduction, ignore_index, label_smoothing,
+      half ? at::kFloat : dtype);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
+  m.impl("cross_entropy", cross_entropy_meta);
+  m.impl("cross_entropy_backward", cross_entropy_backward_meta);
+  m.impl("cross_entropy_backward_", cross_entropy_backward_meta_);
+}
+TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
+  m.impl("cross_entropy", cross_entropy_autograd);
+  m.impl("cross_entropy_backward", cross_entropy_backward_autograd);
+}
+TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
+
+}  // namespace nnfast

@@ -1,0 +1,83 @@
+// What a .cu file of csrc/cuda finds in the place of nvcc: its language and the runtime, on a CPU. Included before
+// anything else. Each CUDA thread is a fiber; __syncthreads and the warp's shuffles are where fibers meet.
+//
+// The types bf16 and f16 and their conversions are NVIDIA's own, from the toolkit's headers.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+#include <math.h>
+#include <vector_types.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <type_traits>
+#include <utility>
+
+extern uint3 threadIdx, blockIdx;  // of the thread that is running
+extern dim3 blockDim, gridDim;
+
+namespace emulate {
+
+// Runs body(), a call of `kernel`, in every thread of every block. Returns when all are done.
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
+
+// Until every thread of the block that has not ended is here.
+void sync_block(const char* file, int line);
+// Until every lane of the warp that `mask` names is here: the value that lane `from` brought.
+uint32_t shuffle(unsigned mask, uint32_t value, int from, const char* file, int line);
+int lane();
+
+template <class T>
+T shuffle_xor(unsigned mask, T value, int offset, const char* file, int line) {
+  static_assert(sizeof(T) == 4);
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  bits = shuffle(mask, bits, lane() ^ offset, file, line);
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+inline unsigned atomic_inc(unsigned* p, unsigned last) {
+  const unsigned old = *p;
+  *p = old >= last ? 0 : old + 1;
+  return old;
+}
+
+}  // namespace emulate
+
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  return emulate::run(*config, reinterpret_cast<const void*>(kernel), [&] { kernel(Params(args)...); });
+}
+template <class... Params>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute name, int value) {
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), name, value);
+}
+
+#define __CUDACC__
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __align__
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(n) __attribute__((aligned(n)))
+// One thread of the system runs all of them, so this is one for the blocks, which come in turn; and `extern` fits.
+#define __shared__ thread_local
+
+#define __syncthreads() emulate::sync_block(__FILE__, __LINE__)
+#define __shfl_xor_sync(mask, value, offset) emulate::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
+#define __threadfence() ((void)0)  // blocks come in turn
+#define atomicInc(p, last) emulate::atomic_inc(p, last)

@@ -1,0 +1,16 @@
+// What the emulated device can be told, without its language.
+#pragma once
+
+#include <cstddef>
+
+namespace emulate {
+
+void set_device(int multiprocessors, int shared_memory);
+// Where in the library's file those kernels lie that were launched so far; how many.
+int kernels_launched(size_t* offsets, int room);
+void set_order(unsigned seed);  // of the threads
+// Whether an allocation succeeds; it counts.
+bool memory_left();
+void set_memory_left(int count);
+
+}  // namespace emulate

@@ -1,0 +1,281 @@
+"""The CUDA kernels on this CPU, through the ops: run by ``make emulate``.
+
+    python tests/emulate/run.py asan|tsan|plain [what pytest takes]
+
+``tests/emulate`` builds csrc/cuda, kernels and host code, for a CPU: every CUDA thread is a fiber, run in random order.
+The library registers itself at the CPU's key, so that plain tensors reach it through the gate and autograd. With a
+slice of it, NNFAST_EMULATE=slice, the sizes are fewer.
+"""
+
+import ctypes
+import itertools
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from common import HALF, assert_close, double, layouts
+from test_adamw import exact, train
+from test_layer_norm import compare as compare_layer_norm
+from test_linear_gelu import compare as compare_linear_gelu
+
+import nnfast.nn.functional as F
+import nnfast.optim as optim
+from nnfast import reference
+
+DTYPES = (torch.float32, *HALF)
+LIBRARY, SLICE = os.environ["NNFAST_EMULATED"], os.environ.get("NNFAST_EMULATE") == "slice"
+
+torch.ops.load_library(LIBRARY)
+device = ctypes.CDLL(LIBRARY)
+
+# Multiprocessors, so that a persistent kernel takes several rounds; bytes of shared memory for a block.
+PROCESSORS, SHARED = 1, 227 << 10
+
+
+@pytest.fixture(autouse=True)
+def _device():
+    device.emulate_device(PROCESSORS, SHARED)
+    device.emulate_order(0)
+    yield
+    device.emulate_scalars_on_device(False)
+    device.emulate_capturing(False)
+    device.emulate_memory_left(-1)
+
+
+def tensor(*shape, dtype=torch.float32, grad=True, mean=0.0):
+    return (torch.randn(shape, dtype=torch.float64) + mean).to(dtype).requires_grad_(grad)
+
+
+# What a row fills: HeldForward and HeldBackward of layer_norm.cu. Around each: full, one over and under, and, for a
+# vector of 16 bytes, one of those less.
+HELD = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+def row_sizes(dtype):
+    vector = 16 // dtype.itemsize
+    around = lambda s: (s,) if SLICE else (s - vector, s - 1, s, s + 1, s + vector)  # noqa: E731
+    return [1, 5, vector, *itertools.chain.from_iterable(map(around, HELD)), HELD[-1] + vector, 20001]
+
+
+def row_counts(size):
+    """One row; and one more than two rounds of a persistent kernel, as far as the work goes."""
+    return (1, max(3, min(163, 4000 // size)))
+
+
+@pytest.mark.parametrize("weight", ["same", "float", "none"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm(dtype, weight):
+    """Every way to hold a row, by vectors and by elements, forward and backward."""
+    if weight == "float" and dtype is torch.float32:
+        return
+    for size in row_sizes(dtype):
+        affine = [
+            None if weight == "none" else tensor(size, dtype=torch.float32 if weight == "float" else dtype)
+            for _ in "wb"
+        ]
+        for rows in row_counts(size):
+            x, g = tensor(rows, size, dtype=dtype), tensor(rows, size, dtype=dtype, grad=False)
+            compare_layer_norm((x, (size,), *affine, 1e-5), g, f"{rows} x {size}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_of_rows_too_long_for_shared_memory(dtype):
+    device.emulate_device(PROCESSORS, 30000)
+    for size in (16392, 20001):
+        x, g = tensor(2, size, dtype=dtype), tensor(2, size, dtype=dtype, grad=False)
+        compare_layer_norm((x, (size,), tensor(size, dtype=dtype), None, 1e-5), g, f"{size}")
+
+
+@pytest.mark.parametrize("size", [13, 64, 1000, 2048, 16392])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_layouts(dtype, size):
+    """Strides and offsets of input, gradient, weight and bias: 16-byte accesses only where all lie on 16 bytes."""
+    if SLICE and size > 2048:
+        return
+    shape = (2, 3 if size < 5000 else 1, size)
+    x, g = tensor(*shape, dtype=dtype, grad=False), tensor(*shape, dtype=dtype, grad=False)
+    weight, bias = tensor(size, dtype=dtype), tensor(size, dtype=dtype)
+    for name, input in layouts(x).items():
+        compare_layer_norm((input.detach().requires_grad_(), (size,), weight, bias, 1e-5), g, name)
+    for name, grad in layouts(g).items():
+        compare_layer_norm((x.detach().requires_grad_(), (size,), weight, bias, 1e-5), grad, f"gradient {name}")
+    for name, w in layouts(torch.stack([weight, bias]).detach()).items():
+        affine = (t.detach().requires_grad_() for t in w)
+        compare_layer_norm((x.detach().requires_grad_(), (size,), *affine, 1e-5), g, f"weight {name}")
+
+
+@pytest.mark.parametrize("size", [1, 60, 700, 9000, 17000])
+def test_layer_norm_far_from_zero(size):
+    x = tensor(4, size, mean=2000.0)
+    compare_layer_norm((x, (size,), None, None, 1e-5), tensor(4, size, grad=False), f"mean 2000, {size}")
+
+
+@pytest.mark.parametrize("size", [33, 1000, 8200, 17000])
+def test_layer_norm_nan_stays_in_its_row(size):
+    x = torch.randn(5, size)
+    x[1, 3], x[3, 4], x[4] = float("nan"), float("inf"), 2.5
+    x.requires_grad_()
+    output = F.layer_norm(x, (size,))
+    (grad,) = torch.autograd.grad(output, x, torch.randn(5, size))
+    for row, ok in enumerate((True, False, True, False, True)):
+        assert output[row].isfinite().all() == ok and grad[row].isfinite().all() == ok
+
+
+@pytest.mark.parametrize("size", [10, 300, 8200])
+def test_layer_norm_only_what_is_wanted(size):
+    for mask in itertools.product((True, False), repeat=3):
+        if sum(mask) in (1, 2):
+            tensors = [tensor(*s, grad=m) for s, m in zip(((4, size), (size,), (size,)), mask, strict=True)]
+            compare_layer_norm((tensors[0], (size,), *tensors[1:], 1e-5), torch.randn(4, size), str(mask))
+
+
+def test_layer_norm_repeats_to_the_bit():
+    """Whatever order the threads run in."""
+    x, g, w = tensor(300, 96), tensor(300, 96, grad=False), tensor(96)
+    results = []
+    for seed in range(4):
+        device.emulate_order(seed)
+        y = F.layer_norm(x, (96,), w, w)
+        results.append((y, *torch.autograd.grad(y, (x, w), g)))
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_empty():
+    x, weight, bias = torch.empty(0, 5, requires_grad=True), tensor(5), tensor(5)
+    grads = torch.autograd.grad(F.layer_norm(x, (5,), weight, bias).sum(), (x, weight, bias))
+    assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
+    weight, bias = tensor(3, 5), tensor(3)
+    grads = torch.autograd.grad(F.linear_gelu(x, weight, bias).sum(), (x, weight, bias))
+    assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(dtype, approximate):
+    """Around a vector and a block; misaligned; and the formula's values beside torch's."""
+    vector = 16 // dtype.itemsize
+    block = 256 * vector
+    sizes = (1, vector - 1, vector, vector + 1, block - 1, block, block + 1, 3 * block + 5)
+    for size, offset in itertools.product(sizes, (0, 1)):
+        x, g = ((4 * torch.randn(size + offset)).to(dtype)[offset:] for _ in "xg")
+        x = x.detach().requires_grad_()
+        results = []
+        for f, a, b in (
+            (F.gelu, x, g), (torch.nn.functional.gelu, x, g), (reference.gelu, double(x), g.double())
+        ):  # fmt: skip
+            output = f(a, approximate=approximate)
+            results.append((output, *torch.autograd.grad(output, a, b)))
+        for ours, torchs, true in zip(*results, strict=True):
+            assert_close(ours, torchs, true, f"{size} from {offset}", scale=x.abs().max().item())
+    x = torch.tensor([float("nan"), float("inf"), float("-inf"), 1e30, -1e30, 1e-30]).repeat(3)
+    expected = torch.tensor([float("nan"), float("inf"), float("nan"), 1e30, 0.0, 0.5e-30])
+    torch.testing.assert_close(F.gelu(x, approximate=approximate)[:6], expected, equal_nan=True)
+
+
+# Rows over and under a tile and a part; columns over and under a vector and a tile.
+PRODUCTS = [((5,), 3), ((2, 3, 17), 33), ((70, 40), 136), ((130, 72), 64), ((200, 8), 300), ((9, 4), 520)]
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_gelu(dtype, approximate):
+    for (shape, out), has_bias in itertools.product(PRODUCTS, (True, False)):
+        x, weight, bias = (tensor(*s, dtype=dtype) for s in (shape, (out, shape[-1]), (out,)))
+        args = x, weight, bias if has_bias else None, approximate
+        grad = tensor(*shape[:-1], out, dtype=dtype, grad=False)
+        compare_linear_gelu(args, grad, f"{shape} -> {out}, {approximate}")
+
+
+def test_linear_gelu_layouts():
+    weight, bias = tensor(16, 24, dtype=torch.float16), tensor(16, dtype=torch.float16)
+    x, g = tensor(3, 4, 24, dtype=torch.float16, grad=False), tensor(3, 4, 16, dtype=torch.float16, grad=False)
+    for name, input in layouts(x).items():
+        compare_linear_gelu((input.detach().requires_grad_(), weight, bias, "none"), g, name)
+    for name, grad in layouts(g).items():
+        compare_linear_gelu((x.detach().requires_grad_(), weight, bias, "none"), grad, f"gradient {name}")
+    for name, w in layouts(weight.detach()).items():
+        compare_linear_gelu((x, w.detach().requires_grad_(), bias, "tanh"), g, f"weight {name}")
+
+
+CHUNK = int(re.search(r"kAdamWChunk = (\d+);", (Path(__file__).parents[1] / "csrc/cuda/kernels.h").read_text())[1])
+SIZES = [(0,), (1,), (3,), (4,), (5,), (), (3, 0, 2), (5, 13), (CHUNK - 1,), (CHUNK,), (2 * CHUNK + 3,), (0, 4)]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True, "weight_decay": 0.3}, {"maximize": True, "betas": (0.0, 0.9), "lr": 0.1}], ids=str
+)
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES[2:], DTYPES], ids=str)
+def test_adamw(dtypes, options):
+    """One launch for all sizes and dtypes of a group."""
+    kinds = list(itertools.islice(itertools.cycle(dtypes), len(SIZES)))
+    params, *grads = ([tensor(*s, dtype=t, grad=False) for s, t in zip(SIZES, kinds, strict=True)] for _ in range(3))
+    ours, optimizer = train(optim.AdamW, params, grads, **options)
+    torchs, _ = train(torch.optim.AdamW, params, grads, **{"fused": True, **options})
+    for p, q, true in zip(ours, torchs, exact(params, grads, **options), strict=True):
+        assert_close(p, q, true, f"{p.dtype} {tuple(p.shape)}")
+    assert all(optimizer.state[p]["step"] == 2 for p in ours)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+@pytest.mark.parametrize("amsgrad", [True, False])
+def test_adamw_on_the_device(amsgrad, found):
+    """Counts, lr, grad_scale and found_inf that are on the GPU; tensors of several chunks, which share a count."""
+    results = []
+    for fused in (False, True):
+        torch.manual_seed(0)
+        lists = [[torch.rand(s) for s in (0, 5, 3 * CHUNK + 1)] for _ in range(4)]
+        top = [v.clone() for v in lists[3]] if amsgrad else []
+        steps = [torch.tensor(float(t)) for t in (3, 4, 9)]
+        options = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
+        scale, inf, lr = torch.tensor(4.0), torch.tensor(found), torch.tensor(0.1)
+        if fused:
+            for step in steps:
+                step += 1
+            torch._fused_adamw_(*lists, top, steps, lr=0.1, amsgrad=amsgrad, grad_scale=scale, found_inf=inf, **options)
+            for step in steps:
+                step -= found
+        else:
+            device.emulate_scalars_on_device(True)
+            torch.ops.nnfast.adamw_.tensor_lr(*lists, top, steps, lr=lr, grad_scale=scale, found_inf=inf, **options)
+        results.append((lists, top, steps))
+    torch.testing.assert_close(*results)
+
+
+def test_adamw_layouts():
+    """Other strides, and addresses that are no multiple of 16 bytes; a NaN stays where it is, amsgrad or not."""
+    base = torch.randn(20, 18)
+    base[3, 4] = float("nan")
+    cases = {
+        "transposed": (base.t().contiguous().t(), base),
+        "gradient transposed": (base.clone(), base.t().contiguous().t()),
+        "gradient with gaps": (base.clone(), torch.randn(20, 36)[:, ::2]),
+        "parameter misaligned": (torch.randn(400)[3:363].view(20, 18), torch.randn(20, 18)),
+        "gradient misaligned": (torch.randn(20, 18), torch.randn(400)[5:365].view(20, 18)),
+    }
+    for (name, (param, grad)), amsgrad in itertools.product(cases.items(), (False, True)):
+        results = []
+        for kind, p in ((optim.AdamW, param.detach()), (torch.optim.AdamW, param.clone())):
+            p = p.clone() if "misaligned" not in name else p.detach()
+            p.requires_grad_().grad = grad.clone() if "gradient m" not in name else grad
+            optimizer = kind([p], lr=0.1, amsgrad=amsgrad)
+            optimizer.step()
+            optimizer.step()
+            results.append(p.detach())
+        torch.testing.assert_close(*results, msg=name, equal_nan=True)
+
+
+def test_all_of_this_was_launched():
+    """Last: every kernel that the library holds, each of its instances."""
+    room = (ctypes.c_size_t * 4096)()
+    found = set(room[: device.emulate_launched(room, len(room))])
+    listed = subprocess.run(["nm", "-C", LIBRARY], capture_output=True, text=True, check=True).stdout
+    kernels = {
+        int(address, 16): name
+        for address, name in re.findall(r"^(\w+) [tTwW] (.*_kernel(?:<.*>)?\(.*)$", listed, re.MULTILINE)
+        if "clone" not in name and ".cold" not in name
+    }
+    assert len(kernels) > 50
+    assert not sorted(name for at, name in kernels.items() if at not in found)

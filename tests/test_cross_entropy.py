@@ -1,0 +1,341 @@
+"""Cross-entropy: values, gradients, layouts, dtypes, memory. C1 and C2 are rows of the contract (tests/README.md)."""
+
+import gc
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from common import DTYPES, HALF, assert_close, double, layouts, rms, served, thresholds
+
+import nnfast
+import nnfast.nn as nn
+import nnfast.nn.functional as F
+from nnfast import reference
+
+# Shapes of the input: a single class, fewer classes than a register and than a block of four, one over and one under,
+# more than two chunks of a row, one row, and classes that lie last in memory beside dimensions of the target.
+SHAPES = [(5,), (1, 1), (3, 1), (4, 7), (3, 15), (3, 16), (6, 17), (2, 63), (2, 65), (33, 129), (5, 2048), (3, 5000)]
+REDUCTIONS = ["none", "mean", "sum"]
+
+
+def sample_inputs(dtype, requires_grad=True, shapes=SHAPES):
+    """(input, target, keywords) over shapes, reductions, weights, ignored rows and smoothing."""
+    for shape, reduction, weighted, smoothing in itertools.product(shapes, REDUCTIONS, (False, True), (0.0, 0.3)):
+        x = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).requires_grad_(requires_grad)
+        classes = shape[-1] if len(shape) == 1 else shape[1]
+        target = torch.randint(classes, shape[:1] * (len(shape) > 1) + shape[2:])
+        keywords = {"reduction": reduction, "label_smoothing": smoothing}
+        if target.dim() and len(target) > 2:
+            keywords["ignore_index"] = int(target[1].flatten()[0]) if weighted else -7
+            target[2] = keywords["ignore_index"]
+        if weighted:
+            keywords["weight"] = (torch.rand(classes, dtype=torch.float64) + 0.1).to(dtype)
+        yield x, target, keywords
+
+
+def run(function, x, target, keywords, grad_out=None):
+    """Output and gradient of one call."""
+    output = function(x, target, **keywords)
+    grad_out = torch.ones_like(output) if grad_out is None else grad_out.to(output.dtype)
+    return output, *torch.autograd.grad(output, x, grad_out)
+
+
+def compare(x, target, keywords, grad_out=None, what=""):
+    exact = {k: double(v) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+    with served("cross_entropy", "cross_entropy_backward"):
+        ours = run(F.cross_entropy, x, target, keywords, grad_out)
+    torchs = run(TF.cross_entropy, x, target, keywords, grad_out)
+    true = run(reference.cross_entropy, double(x), target, exact, grad_out)
+    # The terms cancel in the loss, and in the gradient where there is one class: the softmax is 1.
+    scales = x.detach().double().abs().max().item(), 1.0 * (x.shape[-1] == 1)
+    for name, a, b, t, scale in zip(("loss", "gradient"), ours, torchs, true, scales, strict=True):
+        assert_close(a, b, t, f"{what} {tuple(x.shape)} {keywords}: {name}", scale)
+
+
+def random_grad(target, keywords):
+    return torch.randn(target.shape) if keywords["reduction"] == "none" else torch.randn(())
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_and_gradients(dtype):
+    """C1: against float64, over shapes, reductions, weights, ignored rows and smoothing."""
+    for x, target, keywords in sample_inputs(dtype):
+        compare(x, target, keywords, random_grad(target, keywords))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(dtype):
+    """C1: logits and target with any strides and offsets; classes last in memory beside more dimensions."""
+    x, target = torch.randn(6, 37).to(dtype), torch.randint(37, (6,))
+    for (name, logits), y in itertools.product(layouts(x).items(), (target, target.repeat_interleave(2)[::2])):
+        for keywords in ({"reduction": "none"}, {"weight": torch.rand(74).to(dtype)[::2]}):
+            compare(logits.detach().requires_grad_(), y, {"reduction": "mean", **keywords}, what=name)
+    for shape in ((3, 4, 9), (2, 3, 4, 5)):
+        logits = torch.randn(shape).to(dtype).movedim(-1, 1).requires_grad_()
+        target = torch.randint(shape[-1], shape[:-1])
+        target[0, 1] = -100
+        for reduction in REDUCTIONS:
+            compare(logits, target, {"reduction": reduction}, what="classes last")
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_past_the_caches(dtype):
+    """C1: a gradient that is written past the caches, from wherever a line begins."""
+    for classes, offset in itertools.product((5, 31, 70, 2111), (0, 1, 5)):
+        x = torch.randn(3 * classes + offset).to(dtype)[offset:].view(3, classes).requires_grad_()
+        with thresholds(stream_bytes=0), served("streamed"):
+            compare(x, torch.randint(classes, (3,)), {"label_smoothing": 0.1})
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits(dtype):
+    """C1: -inf, infinity, NaN and large values give what torch's give, in ignored rows too."""
+    inf, nan = float("inf"), float("nan")
+    rows = torch.randn(9, 5000, dtype=dtype)
+    rows[0, 7], rows[1, :4999], rows[2], rows[3, 4], rows[4, 4000], rows[5] = -inf, -inf, -inf, inf, nan, 1e30
+    rows[6, :2048], rows[7, 0], rows[8] = -inf, 1e4, rows[8] * 1e4
+    for smoothing, reduction, first in itertools.product((0.0, 0.1), REDUCTIONS, range(9)):
+        for target in (torch.full((9,), 4999), torch.full((9,), -100), torch.arange(9)):
+            x = rows[first:].clone().requires_grad_()
+            keywords = {"label_smoothing": smoothing, "reduction": reduction}
+            ours, torchs = (run(f, x, target[first:], keywords) for f in (F.cross_entropy, TF.cross_entropy))
+            torch.testing.assert_close(ours, torchs, equal_nan=True)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_all_ignored():
+    """C1: torch's NaN for a mean over nothing, with a gradient of zeros."""
+    x, target = torch.randn(4, 9, requires_grad=True), torch.full((4,), -100)
+    for reduction, weight, smoothing in itertools.product(REDUCTIONS, (None, torch.rand(9)), (0.0, 0.2)):
+        keywords = {"reduction": reduction, "weight": weight, "label_smoothing": smoothing}
+        ours, torchs = (run(f, x, target, keywords) for f in (F.cross_entropy, TF.cross_entropy))
+        torch.testing.assert_close(ours, torchs, equal_nan=True)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("shift, scale", [(0, 1), (0, 8), (1000, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_less_accurate_than_torch(dtype, shift, scale):
+    """C1: loss and gradient over many values, with large logits too."""
+    x = (shift + scale * torch.randn(256, 5003)).to(dtype).requires_grad_()
+    target = torch.randint(5003, (256,))
+    results = (
+        run(F.cross_entropy, x, target, {"reduction": "none"}),
+        run(TF.cross_entropy, x, target, {"reduction": "none"}),
+        run(reference.cross_entropy, double(x), target, {"reduction": "none"}),
+    )
+    for name, a, b, true in zip(("loss", "gradient"), *results, strict=True):
+        # Both are samples of a rounding error: a twentieth more is not worse.
+        assert rms(a.double() - true) <= 1.05 * rms(b.double() - true), name
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_the_result_repeats():
+    """C1: to the bit, for any number of threads."""
+    x, target = torch.randn(300, 1000, requires_grad=True), torch.randint(1000, (300,))
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results += [run(F.cross_entropy, x, target, {"weight": torch.ones(1000) / 3}) for _ in range(2)]
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_gradcheck():
+    for x, target, keywords in sample_inputs(torch.float64, shapes=[(3, 7), (4,), (2, 1)]):
+        assert torch.autograd.gradcheck(lambda a, t=target, k=keywords: F.cross_entropy(a, t, **k), x)
+        assert torch.autograd.gradgradcheck(lambda a, t=target, k=keywords: F.cross_entropy(a, t, **k), x)
+    x = torch.randn(2, 4, 5, dtype=torch.float64).movedim(-1, 1).requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda a: F.cross_entropy(a, torch.randint(5, (2, 4)) * 0 + 2), x)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", HALF)
+def test_autocast(dtype):
+    """C1: float32, as torch lists cross_entropy_loss on a CPU; the gradient has the logits' dtype."""
+    for (x, target, keywords), own in itertools.product(sample_inputs(dtype, shapes=[(4, 7), (3, 129)]), (True, False)):
+        if not own and "weight" in keywords:
+            keywords["weight"] = keywords["weight"].float()
+        with torch.autocast("cpu", dtype=dtype), served("cross_entropy", "cross_entropy_backward"):
+            ours = run(F.cross_entropy, x, target, keywords)
+        with torch.autocast("cpu", dtype=dtype):
+            torchs = run(TF.cross_entropy, x, target, keywords)
+        exact = {k: double(v) if isinstance(v, torch.Tensor) else v for k, v in keywords.items()}
+        true = run(reference.cross_entropy, double(x), target, exact)
+        for a, b, t in zip(ours, torchs, true, strict=True):
+            assert_close(a, b, t, f"{keywords}")
+    with torch.autocast("cpu", dtype=dtype):
+        assert F.cross_entropy(x.double(), target, reduction="sum").dtype == torch.float64
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_logits_that_nobody_reads_become_their_gradient():
+    """C2: no memory is taken for it."""
+    target = torch.randint(50, (20,))
+    x = torch.randn(20, 50, requires_grad=True)
+    (expected,) = torch.autograd.grad(TF.cross_entropy(x * 2, target), x)
+    for logits in (lambda: x * 2, lambda: (x * 2).view(4, 5, 50).view(-1, 50)):
+        loss = F.cross_entropy(logits(), target)
+        with served("cross_entropy_backward_"):
+            (grad,) = torch.autograd.grad(loss, x)
+        torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_logits_that_somebody_reads_are_left_alone():
+    """C2: a variable, a view, the base of a view, what another node saved, a numpy array, a second backward."""
+    target = torch.randint(50, (20,))
+    x = torch.randn(20, 50, requires_grad=True)
+    outside = torch.randn(20, 50)
+    holders = {
+        "variable": lambda y: y,
+        "detached": lambda y: y.detach(),
+        "view": lambda y: y[3:, 7],
+        "numpy": lambda y: y.detach().numpy(),
+        "saved": lambda y: y.exp().sum(),
+        "square": lambda y: y.square().sum(),
+        "storage": lambda y: y.untyped_storage(),
+    }
+    for name, hold in holders.items():
+        logits = x * 2
+        before = logits.detach().clone()
+        loss = F.cross_entropy(logits, target)
+        held = hold(logits)
+        still = hold(before)
+        del logits
+        if isinstance(held, torch.Tensor) and held.dim() == 0:
+            (both,) = torch.autograd.grad(loss + held, x)
+            a = x.detach().requires_grad_()
+            (expected,) = torch.autograd.grad(TF.cross_entropy(a * 2, target) + hold(a * 2), a)
+            torch.testing.assert_close(both, expected, msg=name)
+        else:
+            loss.backward()
+            if name == "storage":
+                held, still = (torch.tensor([], dtype=torch.float32).set_(s) for s in (held, still))
+            assert (held == still).all(), name
+    base = (x * 2).view(4, 5, 50)
+    before = base.detach().clone()
+    F.cross_entropy(base.view(-1, 50), target).backward()
+    assert torch.equal(base, before)
+
+    array = outside.clone().numpy()
+    logits = torch.from_numpy(array)
+    logits.mul_(x)
+    before = array.copy()
+    loss = F.cross_entropy(logits, target)
+    del logits
+    gc.collect()
+    loss.backward()
+    assert (array == before).all()
+
+    loss = F.cross_entropy(x * 2, target)
+    first, second = (torch.autograd.grad(loss, x, retain_graph=again)[0] for again in (True, False))
+    assert torch.equal(first, second)
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_saved_logits_are_guarded():
+    """C2: an edit of the logits in place makes the backward raise, as torch's does; checkpointing recomputes them."""
+    x, target = torch.randn(20, 50, requires_grad=True), torch.randint(50, (20,))
+    logits = x * 2
+    loss = F.cross_entropy(logits, target)
+    logits.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    expected = run(TF.cross_entropy, x, target, {})[1]
+    for reentrant in (True, False):
+        a = x.detach().requires_grad_()
+        torch.utils.checkpoint.checkpoint(F.cross_entropy, a * 1, target, use_reentrant=reentrant).backward()
+        torch.testing.assert_close(a.grad, expected)
+    with torch.autograd.graph.save_on_cpu():
+        loss = F.cross_entropy(x * 1, target)
+    torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
+
+
+def test_errors_are_torchs():
+    """C1: type and text; nothing is read out of range."""
+    x, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    for args, keywords in (
+        ((x, torch.tensor([0, 4, 1])), {}),
+        ((x, torch.tensor([0, -1, 1])), {}),
+        ((x, torch.tensor([0, -100, 2**40])), {"reduction": "none"}),
+        ((x, torch.tensor([0, 4, 1])), {"label_smoothing": 0.1}),
+        ((x, target[:2]), {}),
+        ((x, target.int()), {}),
+        ((x, target.float()), {}),
+        ((x.long(), target), {}),
+        ((x, target, torch.rand(5)), {}),
+        ((x, target, torch.rand(4).double()), {}),
+        ((x, target, torch.rand(4, requires_grad=True)), {}),
+        ((x, target), {"reduction": "most"}),
+        ((x, target), {"label_smoothing": 1.5}),
+        ((x, target), {"ignore_index": 0.5}),
+        ((x.requires_grad_(), None), {}),
+    ):
+        with pytest.raises(Exception) as ours:
+            F.cross_entropy(*args, **keywords)
+        with pytest.raises(Exception) as theirs:
+            TF.cross_entropy(*args, **keywords)
+        assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value), keywords
+
+
+def test_what_is_torchs():
+    """C1: probabilities, planes, empty batches, the deprecated arguments, negative smoothing."""
+    x, target = torch.randn(3, 4, 5), torch.randint(4, (3, 5))
+    for args, keywords in (
+        ((x, target), {}),
+        ((x, x.softmax(1)), {}),
+        ((x[:, :, 0], target[:, 0]), {"size_average": False}),
+        ((x[:, :, 0], target[:, 0]), {"reduce": False}),
+        ((x[:, :, 0], target[:, 0]), {"label_smoothing": -0.5}),
+        ((x[0, :, 0], target[0, :1]), {}),
+        ((x[:0, :, 0], target[:0, 0]), {}),
+        ((x[:, :, 0], target[:, 0].byte()), {}),
+    ):
+        torch.testing.assert_close(
+            F.cross_entropy(*args, **keywords), TF.cross_entropy(*args, **keywords), rtol=0, atol=0, equal_nan=True
+        )
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_opcheck():
+    """Schema, autograd registration, fake tensors and AOT dispatch, with static and dynamic shapes."""
+    ops = torch.ops.nnfast
+    for x, target, keywords in sample_inputs(torch.float32, shapes=[(4, 7), (5,)]):
+        reduction = REDUCTIONS.index(keywords["reduction"])
+        args = (x, target, keywords.get("weight"), reduction, keywords.get("ignore_index", -100))
+        args += (keywords["label_smoothing"],)
+        torch.library.opcheck(ops.cross_entropy.default, args)
+        loss, stats = ops.cross_entropy(*args)
+        backward = (torch.ones_like(loss).detach(), x.detach(), stats, *args[1:])
+        torch.library.opcheck(ops.cross_entropy_backward.default, backward)
+        torch.library.opcheck(ops.cross_entropy_backward_.default, backward)
+    x = torch.randn(2, 3, 5).bfloat16().movedim(-1, 1)
+    torch.library.opcheck(ops.cross_entropy.default, (x, torch.ones(2, 3).long()), {"dtype": torch.float32})
+    with pytest.raises(NotImplementedError):
+        ops.cross_entropy(torch.randn(3, 4), torch.tensor([0, 1, 4]))
+
+
+def test_module():
+    """C1: constructor, attributes, repr, state_dict; what accelerate makes of torch's, and undoes."""
+    for keywords in ({}, {"weight": torch.rand(6), "ignore_index": 2, "reduction": "sum", "label_smoothing": 0.1}):
+        ours, theirs = nn.CrossEntropyLoss(**keywords), torch.nn.CrossEntropyLoss(**keywords)
+        assert isinstance(ours, torch.nn.CrossEntropyLoss) and repr(ours) == repr(theirs)
+        assert list(ours.state_dict()) == list(theirs.state_dict())
+        x, target = torch.randn(4, 6), torch.randint(6, (4,))
+        torch.testing.assert_close(ours(x, target), theirs(x, target))
+        assert type(nnfast.accelerate(theirs)) is nn.CrossEntropyLoss
+        torch.testing.assert_close(torch.jit.script(ours)(x, target), ours(x, target))
+        assert type(nnfast.restore(theirs)) is torch.nn.CrossEntropyLoss
