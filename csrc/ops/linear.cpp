@@ -30,12 +30,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(
   return op.call(grad_out, input, weight, output_mask);
 }
 
-namespace {
-bool known_dtype(at::ScalarType t) {
-  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
-}
-}  // namespace
-
 bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   if (!known_dtype(input.scalar_type()) || weight.dim() != 2 || input.dim() < 1) return false;
   if (input.size(-1) != weight.size(1) || weight.device() != input.device()) return false;
