@@ -33,6 +33,16 @@ def rows() -> list[tuple[str, str, str, str]]:
     return [(op, device, *backend.server(op, device)) for device in devices for op in OPS]
 
 
+def products() -> str:
+    """Which library multiplies on this CPU: the same for the whole process."""
+    numbers = backend.native.thresholds() if backend.native else {}
+    if backend.available("cpu") or not torch.backends.mkldnn.is_available():
+        return "torch's"
+    if not numbers["product.one_dnn_float32"]:
+        return "torch's: MKL is made for this CPU"
+    return f"float32 from {numbers['product.one_dnn_multiply_adds']:,} multiply-adds on: oneDNN; all else: torch's"
+
+
 def print_table(table: list[tuple[str, ...]]) -> None:
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for row in table:
@@ -49,6 +59,7 @@ def main() -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"GPU     {gpu}")
     print(f"Triton  {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
+    print(f"product {products()}")
     loaded = f"built for torch {backend.native.built_for}" if backend.native else ""
     print(f"native  {'; '.join(filter(None, (loaded, backend.why_not)))}")
     if backend.native:

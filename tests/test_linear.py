@@ -16,7 +16,7 @@ import nnfast.nn.functional as F
 SHAPES = [((5,), 3), ((1, 1), 1), ((4, 7), 9), ((2, 3, 17), 33), ((2, 1, 3, 8), 15), ((64, 65), 130), ((300, 100), 200)]
 
 # Where products go by their sizes: to the library for large ones, or to torch.
-EVERY_PRODUCT = {"product__one_dnn_multiply_adds": 0}
+EVERY_PRODUCT = {"product__one_dnn_multiply_adds": 0, "product__one_dnn_float32": 1}
 
 
 def sample_inputs(dtype, requires_grad=True, shapes=SHAPES):
@@ -99,7 +99,7 @@ def test_only_what_is_wanted():
             t.requires_grad_(wanted)
         compare(tensors, torch.randn(3, 7), str(mask))
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
             output = F.linear(*tensors)
         assert {t.data_ptr() for t in saved} == {
             t.data_ptr() for t, other in ((tensors[0], mask[1]), (tensors[1], mask[0])) if other

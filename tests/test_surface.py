@@ -3,6 +3,7 @@
 import importlib
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 import threading
@@ -83,6 +84,7 @@ def test_doctor():
     assert done.returncode == 0 and torch.__version__ in done.stdout
     for op in __main__.OPS:
         assert op in done.stdout
+    assert re.search("^product ", done.stdout, re.MULTILINE)
 
 
 def test_use_backend_raises_for_what_is_not_there():

@@ -8,10 +8,29 @@
 #include "cpu.h"
 #include "memory.h"
 
+// result = mat1 mat2 by oneDNN, operands by rows or by columns as they are. Libtorch_cpu exports it, though no
+// installed header has it: where it is not there, its address is null.
+namespace at::native {
+__attribute__((weak, visibility("default"))) void mkldnn_matmul(
+    const Tensor& mat1, const Tensor& mat2, const Tensor& result, float beta, float alpha);
+}
+
 namespace nnfast {
 namespace {
 
-Path by_one_dnn("product.one_dnn"), by_torch("product.torch"), turned("product.turned");
+Path by_one_dnn("product.one_dnn"), into_memory("product.into_memory"), by_torch("product.torch"),
+    turned("product.turned");
+
+// Whether float32 products are oneDNN's at all: on Intel's CPUs they stay MKL's, which is made for them.
+bool not_intel() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  __builtin_cpu_init();
+  return !__builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+Threshold one_dnn_float32("product.one_dnn_float32", not_intel());
 
 // torch multiplies float32 with MKL, and oneDNN is at hand in the same library: 1.1 times as fast on a Zen 4, 1.9
 // times on a Zen 5, slower only where the call costs more than the product. With AVX2 alone that holds while both
@@ -28,7 +47,7 @@ const std::optional<c10::OperatorHandle>& one_dnn() {
 }
 
 bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
-  if (!one_dnn() || input.scalar_type() != at::kFloat) return false;
+  if (!one_dnn_float32 || !one_dnn() || input.scalar_type() != at::kFloat) return false;
   const int64_t multiply_adds = input.size(0) * input.size(1) * weight.size(0);
   if (multiply_adds == 0 || multiply_adds < one_dnn_multiply_adds) return false;
   const auto& context = at::globalContext();
@@ -43,6 +62,14 @@ bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
 // takes the second as it is. With many rows it pays to have the smaller operand copied, and to turn the result around.
 Threshold many_rows("product.turn_rows", 2048);
 
+// a b, where one_dnn_serves, in memory of ours.
+Tensor one_dnn_matmul(const Tensor& a, const Tensor& b) {
+  into_memory.taken();
+  Tensor out = empty({a.size(0), b.size(1)}, a.scalar_type());
+  at::native::mkldnn_matmul(a, b, out, 0, 1);
+  return out;
+}
+
 }  // namespace
 
 Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
@@ -51,6 +78,7 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
   const ForTorch memory(input.size(0) * weight.size(0) * input.element_size());
   if (!one_dnn_serves(input, weight)) return by_torch.taken(), at::linear(input, weight, bias);
   by_one_dnn.taken();
+  if (!defined(bias) && at::native::mkldnn_matmul) return one_dnn_matmul(input, weight.t());
   // It asks input and weight for their strides, and takes the bias for dense.
   const OptTensor dense = defined(bias) ? OptTensor(bias->contiguous()) : std::nullopt;
   return one_dnn()->typed<OneDnnLinear>().call(
@@ -58,6 +86,7 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
 }
 
 Tensor product_tn(const Tensor& a, const Tensor& b) {
+  if (at::native::mkldnn_matmul && one_dnn_serves(a.t(), b.t())) return by_one_dnn.taken(), one_dnn_matmul(a.t(), b);
   const bool turn = a.size(1) > b.size(1) && a.size(0) >= many_rows && one_dnn_serves(b.t(), a.t());
   if (turn) turned.taken();
   const ForTorch memory(a.size(1) * b.size(1) * a.element_size());

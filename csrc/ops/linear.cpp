@@ -59,7 +59,8 @@ void check_linear_backward(
   TORCH_CHECK(
       known_dtype(grad_out.scalar_type()) && grad_out.dim() >= 1 && grad_out.sym_size(-1) > 0 &&
           (!output_mask[0] || weight_fits) && (!output_mask[1] || input_fits),
-      "nnfast::linear_backward: the shapes, dtypes and devices of grad_out, input and weight must be those of a Linear's");
+      "nnfast::linear_backward: the shapes, dtypes and devices of grad_out, input and weight must be those of a "
+      "Linear's");
 }
 
 namespace {
