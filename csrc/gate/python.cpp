@@ -21,11 +21,6 @@
 
 namespace nnfast {
 
-// Subtracting key sets leaves the backend bits alone, so the bits themselves are compared.
-static bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
-  return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
-}
-
 // Whether forward-mode AD is at work. Asking a tensor for its tangent takes a lock; this asks for the current level,
 // without which no tensor has one.
 static bool has_dual_level() {
@@ -43,13 +38,6 @@ bool ordinary_thread() {
   // What a thread includes beyond the defaults is a transform, a mode or a tracer.
   const auto included = c10::impl::tls_local_dispatch_key_set().included_;
   return within(included, c10::default_included_set) && !at::impl::torch_function_mode_enabled() && !has_dual_level();
-}
-
-bool ordinary(const Tensor& t) {
-  static const c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
-                                           c10::autocast_dispatch_keyset |
-                                           c10::autograd_dispatch_keyset_with_ADInplaceOrView;
-  return within(t.key_set(), plain);
 }
 
 namespace {

@@ -45,6 +45,9 @@ inline bool known_dtype(at::ScalarType t) {
 // No functorch transform, no dispatch or function mode, no tracing, no forward-mode AD.
 bool ordinary_thread();
 
+// Whether `allowed` has all of `keys`.
+bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed);
+
 // Strided, dense, on a CPU or a GPU.
 bool ordinary(const Tensor& t);
 inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }

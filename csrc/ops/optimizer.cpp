@@ -1,5 +1,5 @@
 // What every optimizer's op asks: which tensors its kernels take, and what torch is told of the change.
-#include "../ops/optimizer.h"
+#include "optimizer.h"
 
 #include <torch/csrc/autograd/VariableTypeUtils.h>
 
