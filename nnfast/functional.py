@@ -156,31 +156,6 @@ def forget(module: torch.nn.Module) -> None:
     module.__dict__.pop(_FOLLOWER, None)
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
-
-    On a CPU the product and those of the backward are taken by whichever library is faster for them there
-    (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op.
-
-    Args:
-        input: ``(*, in_features)``, float32, bfloat16, float16 or float64, any strides.
-        weight: ``(out_features, in_features)``, in the input's dtype.
-        bias: ``(out_features,)`` or None.
-
-    Returns:
-        ``(*, out_features)``, in the input's dtype, or autocast's where it is on.
-
-    Raises:
-        RuntimeError: torch's own, for shapes or dtypes that do not fit.
-    """
-    if not is_compiling():
-        output = _linear(input, weight, bias)
-        if output is not None:
-            return output
-        torch_serves("linear")
-    return _F.linear(input, weight, bias)
-
-
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     r"""``gelu(linear(input, weight, bias), approximate=approximate)`` in one op.
 
