@@ -42,6 +42,8 @@ def _open(first: Tensor, *others: Tensor | None) -> bool:
                 type(t) in (Tensor, Parameter)
                 and t.dtype in _DTYPES
                 and t.layout is torch.strided
+                and not t.is_neg()  # conj(z).imag: the kernels would read what lies in memory
+                and not t.is_conj()
                 and t.device == first.device
             )
             for t in (first, *others)

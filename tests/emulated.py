@@ -152,6 +152,15 @@ def test_empty():
     assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
 
 
+def test_a_gpu_that_no_image_fits():
+    """Asked once a device, and each device has its own answer."""
+    device.emulate_load_on.restype = ctypes.c_bool
+    device.emulate_images(False)
+    assert not device.emulate_load_on(5)
+    device.emulate_images(True)
+    assert device.emulate_load_on(6) and not device.emulate_load_on(5)
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu(dtype, approximate):

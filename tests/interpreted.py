@@ -363,6 +363,9 @@ def test_without_the_extension():
     with pytest.raises(RuntimeError, match="normalized_shape"):
         F.layer_norm(x, (8,))
     assert torch.func.vmap(lambda row: F.layer_norm(row, (7,)))(x).shape == x.shape
+    negative = torch.conj(torch.randn(3, 7, dtype=torch.complex64)).imag  # what lies in memory has the other sign
+    assert negative.is_neg()
+    torch.testing.assert_close(F.layer_norm(negative, (7,)), TF.layer_norm(negative, (7,)))
     leaf = x * 1
     output = F.layer_norm(leaf, (7,))
     leaf.add_(1)

@@ -45,6 +45,13 @@ def test_arch_list(monkeypatch):
         assert gpu.archs() == archs
 
 
+def test_ptx_is_for_later_gpus():
+    """PTX of an architecture with a letter runs on that one alone, so a build for 80 and 90a keeps 80's."""
+    for wanted, kept in ((("80", "90a"), ["80"]), (gpu.ARCHS, ["100"]), (("90a",), [])):
+        command = gpu.command(Path("cuda"), Path("x.cu"), wanted, Path("x.o"), ptx=True)
+        assert re.findall(r"code=compute_(\w+)", " ".join(command)) == kept
+
+
 def test_compiler_report():
     kernels, warnings = gpu.compiler_report(SPILLED)
     (name,) = (name for name in kernels if "adamw" in name)
@@ -74,6 +81,16 @@ def test_instruction_counts():
         "_ZN1a8x_kernelE": {"HGMMA": 1, "HMMA": 0, "16-byte loads": 2, "16-byte stores": 0},
         "_ZN1a8y_kernelE": {"HGMMA": 0, "HMMA": 0, "16-byte loads": 0, "16-byte stores": 1},
     }
+
+
+def test_narrow_accesses_are_found():
+    wide = {"16-byte loads": 2, "16-byte stores": 1}
+    assert gpu.narrow("gelu_bwd_bias_kernel", wide) == []
+    assert gpu.narrow("gelu_bwd_bias_kernel", {**wide, "16-byte stores": 0}) == [
+        "gelu_bwd_bias_kernel: no 16-byte stores"
+    ]
+    assert gpu.narrow("layer_norm_bwd_affine_kernel", {**wide, "16-byte stores": 0}) == []
+    assert gpu.narrow("sum_parts_kernel", {"16-byte loads": 0, "16-byte stores": 0}) == []
 
 
 @pytest.mark.skipif(gpu.toolkit() is None, reason="no CUDA toolkit here; make compile-gpu brings one")

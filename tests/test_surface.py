@@ -16,8 +16,16 @@ import nnfast.nn.functional as F
 from nnfast import backend, nn, optim
 
 OURS = {
-    "nn": {"LayerNorm", "LinearGELU", "GELU", "CrossEntropyLoss", "Sequential", "TransformerEncoderLayer"}
-    | {"functional", "utils"},
+    "nn": {
+        "LayerNorm",
+        "LinearGELU",
+        "GELU",
+        "CrossEntropyLoss",
+        "Sequential",
+        "TransformerEncoderLayer",
+        "functional",
+        "utils",
+    },
     "nn.functional": {"layer_norm", "gelu", "linear_gelu", "cross_entropy"},
     "optim": {"Adam", "AdamW", "RMSprop", "SGD"},
 }
@@ -141,7 +149,7 @@ def test_environment_variable_holds_every_thread():
 def test_other_instruction_sets(capability):
     """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
     env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    ops = "layer_norm", "linear_gelu", "cross_entropy", "adamw"
+    ops = ("layer_norm", "linear_gelu", "cross_entropy", "adamw")
     files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ops]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],

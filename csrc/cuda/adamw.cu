@@ -109,8 +109,11 @@ __device__ AdamWStep<double> scalars(const AdamW& a, AdamWTensor& t) {
   if (t.step) {
     const float next = *reinterpret_cast<volatile float*>(t.step) + 1;
     count = next;
-    __threadfence();
-    if (atomicInc(&t.done, t.chunks - 1) == t.chunks - 1) *t.step = next;
+    __threadfence();  // the count is read before this block says so
+    if (atomicInc(&t.done, t.chunks - 1) == t.chunks - 1) {
+      __threadfence();  // and advances after the last one has said so
+      *t.step = next;
+    }
   }
   double lr = a.lr;
   if (a.device_lr)

@@ -2,7 +2,8 @@
 architecture on a machine that need have no GPU.
 
 The script prints what the compiler and the machine code say, kernel by kernel, and fails where one spills registers,
-has a stack frame, or has its matrix instructions serialised. What it needs it takes from the machine (CUDA_HOME, nvcc
+has a stack frame, has its matrix instructions serialised, or lost its 16-byte accesses; and where the host code beside
+the kernels does not compile against torch's headers. What it needs it takes from the machine (CUDA_HOME, nvcc
 on the PATH, /usr/local/cuda) or, where that has no CUDA 13, from PyPI into ``build/``.
 """
 
@@ -23,7 +24,8 @@ CUTLASS = "nvidia-cutlass==4.2.0.0"
 TOOLKIT = [f"nvidia-{name}==13.0.*" for name in ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")]
 DISASSEMBLER = ["nvidia-cuda-cuobjdump==13.2.*", "nvidia-cuda-nvdisasm==13.2.*"]
 
-# Real architectures; the last is also kept as PTX, which later GPUs compile when they load it.
+# Real architectures; the last without a letter is also kept as PTX, which later GPUs compile when they load it. PTX for
+# 90a is for no GPU but that.
 ARCHS = ("80", "90a", "100")
 
 
@@ -68,16 +70,31 @@ def cutlass() -> Path | None:
 
 
 def command(root: Path, source: Path, wanted: Iterable[str], out: Path, ptx: bool = False) -> list[str]:
-    """The call of nvcc that compiles one source for some architectures; ``ptx``: the last of them as PTX too."""
+    """The call of nvcc that compiles one source for some architectures; ``ptx``: the last general one as PTX too."""
     flags = ["-std=c++17", "-O3", "-DNDEBUG", "--expt-relaxed-constexpr", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     flags += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in wanted]
-    if ptx:
-        flags.append(f"-gencode=arch=compute_{wanted[-1]},code=compute_{wanted[-1]}")
+    if ptx and (general := [a for a in wanted if a.isdigit()]):
+        newest = max(general, key=int)
+        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
     includes = [root / "include/cccl"]
     if (headers := cutlass()) is not None:
         includes += [headers / "include", headers / "tools/util/include"]
     flags += [f"-I{path}" for path in includes]
     return [str(root / "bin/nvcc"), *flags, "-Xptxas", "-v", "-c", str(source), "-o", str(out)]
+
+
+def host_command(root: Path, source: Path) -> list[str]:
+    """The call of the C++ compiler that checks host code against the headers of the torch that is here. One that is
+    not for CUDA lacks a header, which says how its own CUDA library was built."""
+    from torch.utils.cpp_extension import get_cxx_compiler, include_paths
+
+    absent = ROOT / "build/gpu/headers/c10/cuda/impl/cuda_cmake_macros.h"
+    absent.parent.mkdir(parents=True, exist_ok=True)
+    absent.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    includes = [f"-I{root / 'include'}", f"-I{absent.parents[3]}"]
+    includes += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    defines = ["-DNNFAST_SM90A", "-fsyntax-only", "-std=c++20"]
+    return [get_cxx_compiler(), *defines, *includes, str(source)]
 
 
 def run_all(jobs: dict, workers: int) -> Iterator[tuple]:
@@ -155,6 +172,20 @@ def problems(kernels: dict[str, dict], warnings: list[str]) -> list[str]:
     return found + warnings
 
 
+# Kernels whose every instance reads, and whose every instance writes, 16 bytes at a time where the rows allow it.
+WIDE_LOADS = {
+    "layer_norm_fwd_kernel", "layer_norm_fwd_long_kernel", "layer_norm_bwd_kernel", "layer_norm_bwd_long_kernel",
+    "layer_norm_bwd_affine_kernel", "gelu_bwd_bias_kernel", "adamw_kernel",
+}  # fmt: skip
+WIDE_STORES = WIDE_LOADS - {"layer_norm_bwd_affine_kernel"}
+
+
+def narrow(name: str, counts: dict[str, int]) -> list[str]:
+    """One line for each way in which the kernel ``name`` has lost its 16-byte accesses."""
+    wanted = {"16-byte loads": name in WIDE_LOADS, "16-byte stores": name in WIDE_STORES}
+    return [f"{name}: no {label}" for label, wide in wanted.items() if wide and not counts[label]]
+
+
 def span(values: Iterable[int]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}-{high}"
@@ -202,6 +233,8 @@ def main() -> int:
     todo.sort(key=lambda job: ("_sm" not in job[0].stem, "layer_norm" not in job[0].stem))
     objects = {(source, arch): out / f"{source.stem}.sm_{arch}.o" for source, arch in todo}
     jobs = {(source, arch): command(root, source, [arch], path) for (source, arch), path in objects.items()}
+    host = {(path, "host"): host_command(root, path) for path in sorted((ROOT / "csrc/cuda").glob("*.cpp"))}
+    jobs |= host
     console.print(f"nvcc {release(root)} of {root}, {len(jobs)} compilations")
     failures, rows = [], []
     start = time.perf_counter()
@@ -210,10 +243,12 @@ def main() -> int:
         bar = progress.add_task("compiling", total=len(jobs))
         for (source, arch), done, seconds in run_all(jobs, os.cpu_count() or 1):
             progress.advance(bar)
-            what = f"{source.name} for sm_{arch}"
+            what = f"{source.name} for {arch if arch == 'host' else f'sm_{arch}'}"
             progress.print(f"{what}: {seconds:.0f} s")
             if done.returncode:
                 failures.append(f"{what}: {done.stdout}{done.stderr}")
+                continue
+            if arch == "host":
                 continue
             kernels, warnings = compiler_report(done.stderr + done.stdout)
             if not kernels:
@@ -226,6 +261,7 @@ def main() -> int:
             groups = defaultdict(list)
             for name, k in kernels.items():
                 if name in counts:
+                    failures += [f"{what}: {problem}" for problem in narrow(kernel_name(name), counts[name])]
                     groups[kernel_name(name)].append({**k, **counts[name]})
             for name, group in groups.items():
                 rows.append([source.name, f"sm_{arch}", name, str(len(group))])

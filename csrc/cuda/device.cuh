@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
@@ -82,6 +83,21 @@ __device__ void store(T* p, const A (&x)[V]) {
   raw.store(p);
 }
 
+// The same, to global memory alone, and as whole 16 bytes: left to itself the compiler stores some of them in quarters.
+template <int V, class T, class A>
+__device__ void store_global(T* p, const A (&x)[V]) {
+  if constexpr (V * sizeof(T) == 16) {
+    Raw<T, V> raw;
+#pragma unroll
+    for (int i = 0; i < V; ++i) raw[i] = T(x[i]);
+    uint4 whole;
+    std::memcpy(&whole, &raw, 16);
+    __stwb(reinterpret_cast<uint4*>(p), whole);
+  } else {
+    store<V>(p, x);
+  }
+}
+
 // Which columns of a row of n <= Threads * E one thread of Threads holds. By 16-byte vectors where every row starts on
 // 16 bytes and ends with a vector; otherwise one by one, side by side with its neighbours, so that a warp's
 // accesses still are one run of memory. What lies past the end reads as 0 and is not written.
@@ -117,7 +133,7 @@ struct Columns {
         In piece[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) piece[j] = x[k * V + j];
-        if (inside(k * V)) cuda::store<V>(row + column(k * V), piece);
+        if (inside(k * V)) store_global<V>(row + column(k * V), piece);
       }
     } else {
 #pragma unroll

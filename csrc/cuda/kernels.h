@@ -12,6 +12,9 @@ namespace nnfast::cuda {
 
 enum class DType : uint8_t { f32, bf16, f16 };  // float64 is torch's
 
+// Whether the current device runs what the kernels were compiled for: all of them for the same architectures.
+bool kernels_load();
+
 // Rows of `size` elements. Output rows are contiguous.
 struct LayerNormForward {
   DType dtype, weight_dtype;

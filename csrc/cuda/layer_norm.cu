@@ -318,6 +318,13 @@ bool on_vectors(int64_t size, int64_t stride) {
 
 }  // namespace
 
+bool kernels_load() {
+  cudaFuncAttributes found;
+  const bool loads = cudaFuncGetAttributes(&found, sum_parts_kernel<float>) == cudaSuccess;
+  if (!loads) cudaGetLastError();  // it is no error of a later call
+  return loads;
+}
+
 cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream) {
   if (!f.rows) return cudaSuccess;
   return visit(f.dtype, f.weight_dtype, [&](auto t, auto w) {
@@ -326,11 +333,13 @@ cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream) {
     const bool vectors = on_vectors<T>(f.size, f.input_stride) && aligned(f.input) && aligned(f.weight) &&
                          aligned(f.bias) && aligned(f.output);
     const auto by_block = [&] {
-      const size_t bytes = f.size * sizeof(T);
-      const bool keep = bytes <= static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - 1024;
+      // Raised to the most there is, whatever this row needs: two threads with rows of two sizes then ask for the same.
+      const size_t bytes = f.size * sizeof(T),
+                   most = static_cast<size_t>(attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)) - 1024;
+      const bool keep = bytes <= most;
       const auto kernel = layer_norm_fwd_long_kernel<T, W>;
-      if (keep && bytes > 47 * 1024)
-        if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return e;
+      if (keep)
+        if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most)) return e;
       return launch(kernel, dim3(f.rows), kLongBlock, keep ? bytes : 0, stream, f, vectors, keep);
     };
     return with_held(

@@ -38,7 +38,8 @@ constexpr std::array kOps = {"layer_norm", "gelu", "linear_gelu", "cross_entropy
 inline std::array<Backend, kOps.size()> in_cpp, on_gpu;
 
 inline bool served(Op op, const Tensor& t) {
-  const auto owner = !t.is_cpu() ? on_gpu[op] : cpu_kernels() ? Backend::cpu : Backend::torch;
+  auto owner = !t.is_cpu() ? on_gpu[op] : cpu_kernels() ? Backend::cpu : Backend::torch;
+  if (owner == Backend::cuda && cuda_kernels_load && !cuda_kernels_load(t.device().index())) owner = Backend::torch;
   return owner != Backend::torch && owner == held.value_or(owner);
 }
 

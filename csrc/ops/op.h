@@ -49,6 +49,9 @@ bool ordinary_thread();
 bool ordinary(const Tensor& t);
 inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }
 
+// Whether the CUDA kernels hold machine code, or PTX, that a GPU runs; set where they are built in.
+inline bool (*cuda_kernels_load)(c10::DeviceIndex device) = nullptr;
+
 bool covers_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias);
 // The number of rows and their size. torch's own error where the shapes are wrong, and one of ours where the call is

@@ -296,6 +296,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
 namespace {
 int multiprocessors = 2, shared_memory = 227 << 10;
 thread_local int left = -1;
+bool images = true;
 }  // namespace
 
 void set_device(int processors, int shared) {
@@ -310,6 +311,7 @@ int kernels_launched(size_t* offsets, int room) {
       offsets[n++] = static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
   return n;
 }
+void set_images(bool there) { images = there; }
 void set_order(unsigned seed) { order.seed(seed); }
 bool memory_left() {
   if (left < 0) return true;
@@ -333,6 +335,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
   else
     return cudaErrorInvalidValue;
   return cudaSuccess;
+}
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return emulate::images ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return *stream = nullptr, cudaSuccess; }

@@ -41,6 +41,7 @@ T shuffle_xor(unsigned mask, T value, int offset, const char* file, int line) {
   std::memcpy(&value, &bits, 4);
   return value;
 }
+inline void store(uint4* p, uint4 value) { *p = value; }
 inline unsigned atomic_inc(unsigned* p, unsigned last) {
   const unsigned old = *p;
   *p = old >= last ? 0 : old + 1;
@@ -52,6 +53,10 @@ inline unsigned atomic_inc(unsigned* p, unsigned last) {
 template <class... Params, class... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
   return emulate::run(*config, reinterpret_cast<const void*>(kernel), [&] { kernel(Params(args)...); });
+}
+template <class... Params>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, void (*kernel)(Params...)) {
+  return cudaFuncGetAttributes(found, reinterpret_cast<const void*>(kernel));
 }
 template <class... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute name, int value) {
@@ -79,5 +84,6 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute na
 
 #define __syncthreads() emulate::sync_block(__FILE__, __LINE__)
 #define __shfl_xor_sync(mask, value, offset) emulate::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
+#define __stwb(p, value) emulate::store(p, value)
 #define __threadfence() ((void)0)  // blocks come in turn
 #define atomicInc(p, last) emulate::atomic_inc(p, last)

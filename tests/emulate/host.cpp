@@ -64,3 +64,5 @@ EXPORT void emulate_capturing(bool on) { capturing = on; }
 EXPORT void emulate_memory_left(int count) { emulate::set_memory_left(count); }
 EXPORT void emulate_order(unsigned seed) { emulate::set_order(seed); }
 EXPORT int emulate_launched(size_t* offsets, int room) { return emulate::kernels_launched(offsets, room); }
+EXPORT void emulate_images(bool there) { emulate::set_images(there); }
+EXPORT bool emulate_load_on(int device) { return nnfast::cuda_kernels_load(device); }

@@ -8,6 +8,7 @@ namespace emulate {
 void set_device(int multiprocessors, int shared_memory);
 // Where in the library's file those kernels lie that were launched so far; how many.
 int kernels_launched(size_t* offsets, int room);
+void set_images(bool there);    // whether any fits the device
 void set_order(unsigned seed);  // of the threads
 // Whether an allocation succeeds; it counts.
 bool memory_left();

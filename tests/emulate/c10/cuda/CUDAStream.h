@@ -25,6 +25,7 @@ CUDAStream getCurrentCUDAStream(c10::DeviceIndex = -1);
 
 struct CUDAGuard {
   explicit CUDAGuard(c10::Device) {}
+  explicit CUDAGuard(c10::DeviceIndex) {}
 };
 
 }  // namespace c10::cuda
