@@ -109,7 +109,7 @@ def native():
 
 
 setup(
-    packages=["nnfast", "nnfast.nn", "nnfast.optim", "nnfast.kernels", "nnfast.benchmarks"],
+    packages=["nnfast", "nnfast.nn", "nnfast.nn.utils", "nnfast.optim", "nnfast.kernels", "nnfast.benchmarks"],
     package_dir={"nnfast": "nnfast", "nnfast.kernels": "kernels", "nnfast.benchmarks": "benchmarks"},
     package_data={"nnfast": ["py.typed"]},
     **native(),

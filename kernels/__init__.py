@@ -15,7 +15,6 @@ OPS = {
     "linear_gelu": "linear_gelu",
     "linear_gelu_backward": "linear_gelu",
     "adamw_": "adamw",
-    "adamw_.tensor_lr": "adamw",
 }
 
 
@@ -24,7 +23,7 @@ def launcher(op: str) -> Callable:
 
     @functools.cache
     def load() -> Callable:
-        name = op.partition(".")[0].rstrip("_") + "_triton"
+        name = op.rstrip("_") + "_triton"
         return getattr(importlib.import_module(f"nnfast.kernels.{OPS[op]}"), name)
 
     return lambda *args, **kwargs: load()(*args, **kwargs)

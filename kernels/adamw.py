@@ -53,7 +53,7 @@ def _at(tensors, field: tl.constexpr, count, tensor, start, TYPE: tl.constexpr, 
 
 @triton.jit
 def _update_chunk(
-    tensors, count, tensor, start, grad_scale, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
+    tensors, count, tensor, start, grad_scale, clip_coef, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps = step
@@ -68,6 +68,8 @@ def _update_chunk(
     if grad_scale is not None:
         grad = tl.div_rn(grad, tl.full((CHUNK,), 1.0, tl.float32) * tl.load(grad_scale).to(tl.float32))
         tl.store(g, grad.to(TYPE), mask=inside)
+    if clip_coef is not None:
+        grad = grad * tl.load(clip_coef).to(tl.float32)
     if MAXIMIZE:
         grad = -grad
     exp_avg, exp_avg_sq = adamw_moments(
@@ -85,14 +87,14 @@ def _update_chunk(
 
 @triton.jit
 def _update(
-    tensors, count, tensor, start, whole, grad_scale, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
+    tensors, count, tensor, start, whole, grad_scale, clip_coef, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Where a chunk is whole, at addresses that allow it, without masks and by 16 bytes."""
     if whole:
-        _update_chunk(tensors, count, tensor, start, grad_scale, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, True)
+        _update_chunk(tensors, count, tensor, start, grad_scale, clip_coef, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, True)
     else:
-        _update_chunk(tensors, count, tensor, start, grad_scale, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, False)
+        _update_chunk(tensors, count, tensor, start, grad_scale, clip_coef, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, False)
 
 
 @triton.jit
@@ -108,6 +110,7 @@ def adamw_kernel(
     beta2,
     one_minus_beta2,
     grad_scale,  # one number on the GPU, or None
+    clip_coef,  # one number on the GPU, or None
     found_inf,  # one number on the GPU, or None; where it is not 0, nothing changes
     PRESENT: tl.constexpr,  # the kinds that occur, a bit each
     MAXIMIZE: tl.constexpr,
@@ -127,11 +130,13 @@ def adamw_kernel(
     whole = (kind < 4) & (start + CHUNK <= tl.load(tensors + NUMEL * count + tensor))
     step = decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps
     if PRESENT & 1 and kind % 4 == 0:
-        _update(tensors, count, tensor, start, whole, grad_scale, step, tl.float32, MAXIMIZE, AMSGRAD, CHUNK)
+        _update(tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.float32, MAXIMIZE, AMSGRAD, CHUNK)
     if PRESENT & 2 and kind % 4 == 1:
-        _update(tensors, count, tensor, start, whole, grad_scale, step, tl.bfloat16, MAXIMIZE, AMSGRAD, CHUNK)
+        _update(
+            tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.bfloat16, MAXIMIZE, AMSGRAD, CHUNK
+        )
     if PRESENT & 4 and kind % 4 == 2:
-        _update(tensors, count, tensor, start, whole, grad_scale, step, tl.float16, MAXIMIZE, AMSGRAD, CHUNK)
+        _update(tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.float16, MAXIMIZE, AMSGRAD, CHUNK)
 
 
 @triton.jit
@@ -209,11 +214,15 @@ def _addresses(tensors: list[Tensor]) -> list[int]:
 
 def adamw_triton(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor], state_steps: list[Tensor], *, lr: float | Tensor, beta1: float, beta2: float,
-    weight_decay: float, eps: float, maximize: bool, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+    max_exp_avg_sqs: list[Tensor], master_params: list[Tensor], state_steps: list[Tensor], *, lr: float, beta1: float,
+    beta2: float, weight_decay: float, eps: float, decoupled_weight_decay: bool = True, maximize: bool = False,
+    tensor_lr: Tensor | None = None, grad_scale: Tensor | None = None, found_inf: Tensor | None = None,
+    clip_coef: Tensor | None = None, rounding_seed: int | None = None,
 ) -> None:  # fmt: skip
     """``nnfast::adamw_``: one step, in place, for all tensors of a group, which are on one GPU."""
-    check(all(p.dtype in KINDS for p in params), "adamw_")
+    same = all(p.dtype in KINDS and m.dtype == p.dtype for p, m in zip(params, exp_avgs, strict=True))
+    check(same and not master_params and rounding_seed is None, "adamw_")
+    check(decoupled_weight_decay or weight_decay == 0, "adamw_")
     if not params:
         return
     count, device = len(params), params[0].device
@@ -237,8 +246,8 @@ def adamw_triton(
     ])  # fmt: skip
     with on(params[0]):
         tensors, chunks, present = _tables_for(params[0], columns)
-        device_lr = lr if isinstance(lr, Tensor) and on_gpu(lr) else None
-        rate = 0.0 if device_lr is not None else float(lr)
+        device_lr = tensor_lr if tensor_lr is not None and on_gpu(tensor_lr) else None
+        rate = 0.0 if device_lr is not None else float(lr if tensor_lr is None else tensor_lr)
         if steps_on_gpu or device_lr is not None or any(step_column):
             scalars = torch.empty((3, count), dtype=torch.float32, device=device)
             log_betas = [math.log(beta) if beta else -math.inf for beta in (beta1, beta2)]
@@ -255,7 +264,7 @@ def adamw_triton(
         if len(chunks):
             adamw_kernel[(len(chunks),)](
                 tensors, chunks, count, scalars, decay, step_size, scaled_eps, 1 - beta1, beta2, 1 - beta2,
-                grad_scale, None if not steps_on_gpu else found_inf,
+                grad_scale, clip_coef, None if not steps_on_gpu else found_inf,
                 PRESENT=present, MAXIMIZE=maximize, AMSGRAD=amsgrad, CHUNK=CHUNK,
                 num_warps=max(1, CHUNK // (lanes() * PER_THREAD)),
             )  # fmt: skip

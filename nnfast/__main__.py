@@ -12,7 +12,8 @@ import torch
 import nnfast
 from nnfast import backend
 
-OPS = ("layer_norm", "gelu", "linear_gelu", "cross_entropy", "adamw_", "scaled_dot_product_attention")
+OPS = ("layer_norm", "gelu", "linear_gelu", "cross_entropy", "adamw_", "sgd_", "rmsprop_", "total_norm")
+OPS += ("scaled_dot_product_attention",)
 
 
 def rows() -> list[tuple[str, str, str, str]]:

@@ -136,7 +136,9 @@ def linear_gelu_pre(input, weight, bias, approximate) -> None:
 def _read(group: dict, state: dict, scaler: list) -> tuple | None:
     """The arguments of one group's step, or None where it is torch's."""
     params = [p for p in group["params"] if p.grad is not None]
-    if group["differentiable"] or not group["decoupled_weight_decay"] or not all(p in state for p in params):
+    if group["differentiable"] or not all(p in state for p in params):
+        return None
+    if group["weight_decay"] and not group["decoupled_weight_decay"]:
         return None
     lr, names = group["lr"], ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
     tensor_lr = isinstance(lr, Tensor)
@@ -166,18 +168,22 @@ def _read(group: dict, state: dict, scaler: list) -> tuple | None:
         return None
     if not group["amsgrad"]:
         lists.append([])
+    lists.append([])  # no masters
     numbers = {"weight_decay": group["weight_decay"], "eps": group["eps"]}
     numbers["beta1"], numbers["beta2"] = group["betas"]
     options = {name: float(value) for name, value in numbers.items()}
-    return (*lists, steps), {"lr": lr, "maximize": group["maximize"], **options}
+    rate = {"lr": 0.0, "tensor_lr": lr} if tensor_lr else {"lr": lr}
+    return (*lists, steps), {**rate, "maximize": group["maximize"], **options}
 
 
-def adamw_(groups, state, grad_scale, found_inf) -> bool:
-    calls = [_read(group, state, [grad_scale, found_inf]) for group in groups]
+def adamw_(groups, state, grad_scale, found_inf, clip_coef, master_weights, rounding_seed, skipped) -> bool:
+    """All of it, or nothing: ``skipped`` is for the extension."""
+    scaler = [grad_scale, found_inf, clip_coef]
+    calls = [None if master_weights or rounding_seed else _read(group, state, scaler) for group in groups]
     if any(call is None for call in calls):
         return False
     for lists, options in filter(None, calls):
-        _adamw(*lists, **options, grad_scale=grad_scale, found_inf=found_inf)
+        _adamw(*lists, **options, grad_scale=grad_scale, found_inf=found_inf, clip_coef=clip_coef)
         changed = [t for k, tensors in enumerate(lists) if k != 1 or grad_scale is not None for t in tensors]
         torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
     return True

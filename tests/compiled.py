@@ -89,8 +89,8 @@ def launch_adamw(dtypes: list[torch.dtype], on_gpu: bool, lr: float = 0.1, beta:
     steps, one = [torch.tensor(float(step)) for _ in dtypes], empty(1, dtype=torch.float32)
     options = {"lr": lr, "beta1": beta, "beta2": beta, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
     if on_gpu:
-        options.update(lr=one, grad_scale=one, found_inf=one)
-    adamw.adamw_triton(*lists, lists[0] if on_gpu else [], steps, **options)
+        options.update(tensor_lr=one, grad_scale=one, found_inf=one, clip_coef=one)
+    adamw.adamw_triton(*lists, lists[0] if on_gpu else [], [], steps, **options)
 
 
 if __name__ == "__main__":

@@ -37,3 +37,12 @@ def cpu_kernels():
         pytest.skip(why)
     with backend.use_backend("cpu"):
         yield
+
+
+@pytest.fixture
+def some_kernels():
+    """The same, where some of the calls are torch's in any case."""
+    from nnfast import backend
+
+    if why := backend.available("cpu"):
+        pytest.skip(why)

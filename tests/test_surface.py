@@ -24,9 +24,10 @@ OURS = {
         "Sequential",
         "TransformerEncoderLayer",
         "functional",
+        "utils",
     },
     "nn.functional": {"layer_norm", "gelu", "linear_gelu", "cross_entropy", "scaled_dot_product_attention"},
-    "optim": {"AdamW"},
+    "optim": {"Adam", "AdamW", "RMSprop", "SGD"},
 }
 
 
@@ -44,7 +45,7 @@ def test_every_public_name(module):
 
 
 def test_ours_are_subclasses():
-    for name in OURS["nn"] - {"functional", "LinearGELU"}:
+    for name in OURS["nn"] - {"functional", "utils", "LinearGELU"}:
         assert issubclass(getattr(nn, name), getattr(torch.nn, name))
     assert issubclass(nn.LinearGELU, torch.nn.Linear) and issubclass(optim.AdamW, torch.optim.AdamW)
 
@@ -53,15 +54,16 @@ def test_submodules_are_import_targets():
     for package in (torch.nn, torch.optim):
         for found in pkgutil.iter_modules(package.__path__, package.__name__ + "."):
             ours = importlib.import_module(found.name.replace("torch", "nnfast", 1))
-            if found.name not in ("torch.nn.functional", "torch.optim.adamw"):
+            ours_too = "nn.functional", "nn.utils", "optim.adam", "optim.adamw", "optim.rmsprop", "optim.sgd"
+            if found.name.removeprefix("torch.") not in ours_too:
                 assert ours is sys.modules[found.name]
                 assert sys.modules[found.name].__spec__.name == found.name, "torch's module was written to"
-    from nnfast.nn.utils import clip_grad_norm_
+    from nnfast.nn.utils import clip_grad_norm_, clip_grad_value_
     from nnfast.nn.utils.parametrizations import weight_norm
     from nnfast.optim.adamw import AdamW, adamw
     from nnfast.optim.lr_scheduler import CosineAnnealingLR
 
-    assert clip_grad_norm_ is torch.nn.utils.clip_grad_norm_
+    assert clip_grad_norm_ is nn.utils.clip_grad_norm_ and clip_grad_value_ is torch.nn.utils.clip_grad_value_
     assert weight_norm is torch.nn.utils.parametrizations.weight_norm
     assert CosineAnnealingLR is torch.optim.lr_scheduler.CosineAnnealingLR
     assert AdamW is optim.AdamW and adamw is importlib.import_module("torch.optim.adamw").adamw

@@ -86,9 +86,8 @@ void for_each_block(
 
 bool may_stream(const at::Tensor& output, size_t bytes) {
   constexpr size_t kLine = 64;
-  const int64_t row = output.dim() ? output.size(-1) : 1;
-  return row * output.element_size() % kLine == 0 && (uintptr_t)output.const_data_ptr() % kLine == 0 &&
-         may_stream(bytes);
+  return output.dim() > 0 && output.size(-1) * output.element_size() % kLine == 0 &&
+         (uintptr_t)output.const_data_ptr() % kLine == 0 && may_stream(bytes);
 }
 
 bool may_stream(size_t bytes) {

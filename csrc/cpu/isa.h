@@ -24,15 +24,18 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 
 #include "adamw.h"
 #include "attention.h"
+#include "clip_grad.h"
 #include "cross_entropy.h"
 #include "layer_norm.h"
 #include "linear_gelu.h"
+#include "rmsprop.h"
+#include "sgd.h"
 
 namespace nnfast::NNFAST_ISA {
 extern const Kernels kernels = {
-    NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd,    layer_norm_bwd, gelu_fwd,
-    gelu_bwd,    cross_entropy_fwd,  cross_entropy_bwd, move_sums,      sum_parts,
-    adamw,       attention,          attention_scratch,
+    NNFAST_NAME,       sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd,  gelu_bwd,
+    cross_entropy_fwd, cross_entropy_bwd,  move_sums,      sum_parts,      adamw,     sgd,
+    rmsprop,           sum_of_squares,     largest,        scale,          attention, attention_scratch,
 };
 }  // namespace nnfast::NNFAST_ISA
 

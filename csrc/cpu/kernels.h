@@ -5,6 +5,8 @@
 #include <cstdint>
 
 #include "../math/adamw.h"
+#include "../math/rmsprop.h"
+#include "../math/sgd.h"
 
 namespace nnfast {
 
@@ -80,13 +82,25 @@ struct CrossEntropyBackward {
   bool stream;
 };
 
-struct AdamWTensor {
-  DType dtype;
-  void *param, *grad, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null without amsgrad
+// One tensor of an optimizer's step; Scalars are the numbers of its formula (csrc/math), formed in double.
+struct StepTensor {
+  DType dtype, state_dtype;  // the latter float or as dtype
+  void *param, *grad;
+  void* state[3];   // in the order of the op's arguments; null where the optimizer keeps none
+  int16_t* master;  // the low 16 bits of a bf16 parameter's float value, or null
   bool maximize;
   double grad_scale;  // where it is not 1, the gradient is divided by it, and written back so
-  AdamWStep<double> step;
+  double clip_coef;   // where it is not 1, what is then used is multiplied by it
+  bool stochastic;    // whether a bf16 parameter and state are rounded up or down by chance,
+  uint32_t seed;      // drawn from this
 };
+template <class Scalars>
+struct StepOf : StepTensor {
+  Scalars scalars;
+};
+using AdamWTensor = StepOf<AdamWStep<double>>;
+using SgdTensor = StepOf<SgdStep<double>>;
+using RMSpropTensor = StepOf<RMSpropStep<double>>;
 
 // Scaled dot product attention of (batch, heads, length, size), the last dimension contiguous.
 struct Attention {
@@ -137,6 +151,12 @@ struct Kernels {
   // out[i] = the sum of parts[k][i] over k < count, in that order; parts lie `size` apart, in the accumulation type.
   void (*sum_parts)(DType out_dtype, const void* parts, int64_t count, int64_t size, void* out);
   void (*adamw)(const AdamWTensor&, int64_t begin, int64_t end);
+  void (*sgd)(const SgdTensor&, int64_t begin, int64_t end);
+  void (*rmsprop)(const RMSpropTensor&, int64_t begin, int64_t end);
+  // The sum of the squares of [begin, end), in double; or the largest absolute value, NaN where there is one.
+  double (*sum_of_squares)(DType dtype, const void* x, int64_t begin, int64_t end);
+  double (*largest)(DType dtype, const void* x, int64_t begin, int64_t end);
+  void (*scale)(DType dtype, void* x, double factor, int64_t begin, int64_t end);
   void (*attention)(const Attention&, Attention::Part, int64_t task, void* scratch);
   // Bytes of scratch memory, aligned to 64.
   int64_t (*attention_scratch)(const Attention&, Attention::Part);

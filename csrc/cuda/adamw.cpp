@@ -7,9 +7,10 @@
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <tuple>
 #include <vector>
 
-#include "../ops/op.h"
+#include "../ops/optimizer.h"
 #include "cuda.h"
 
 namespace nnfast::cuda {
@@ -84,8 +85,10 @@ AdamW with_table(std::vector<AdamWTensor> tensors, const c10::cuda::CUDAStream& 
   if (found == tables.end()) {
     int64_t chunks = 0;
     for (const auto& t : tensors) chunks += t.chunks;
-    tables.push_front({stream, std::move(tensors), chunks});
-    upload(tables.front(), capturing);
+    // Only one that is filled is kept: a step that failed here fills its own again.
+    Table table{stream, std::move(tensors), chunks};
+    upload(table, capturing);
+    tables.push_front(std::move(table));
     if (tables.size() > kTables) tables.pop_back();
   } else {
     tables.splice(tables.begin(), tables, found);
@@ -107,28 +110,37 @@ const float* device_float(const OptTensor& t, const Tensor& param, const char* n
   return t->const_data_ptr<float>();
 }
 
-void step(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, const Tensor* device_lr, double beta1,
-    double beta2, double weight_decay, double eps, bool maximize, const OptTensor& grad_scale,
-    const OptTensor& found_inf) {
+void adamw_cuda(const AdamWCall& c) {
+  const auto& [params, grads, lists, state_steps] = std::tie(c.params, c.grads, c.state, c.state_steps);
+  const auto &exp_avgs = lists[0], &exp_avg_sqs = lists[1], &max_exp_avg_sqs = lists[2];
   const size_t n = params.size();
   if (!n) return;
-  const bool amsgrad = !max_exp_avg_sqs.empty(), on_device = !state_steps[0].is_cpu();
-  bool covered = grads.size() == n && exp_avgs.size() == n && exp_avg_sqs.size() == n && state_steps.size() == n &&
-                 (!amsgrad || max_exp_avg_sqs.size() == n);
-  const Tensor none;
+  const bool amsgrad = !max_exp_avg_sqs.empty(), on_device = !state_steps.empty() && !state_steps[0].is_cpu();
+  bool covered = covers_call(c, /*mixed_dtypes=*/true) && lists[AdamWCall::kMaster].empty() && !c.rounding_seed &&
+                 (c.decoupled_weight_decay || c.weight_decay == 0);
   for (size_t i = 0; covered && i < n; ++i)
-    covered = params[i].device() == params[0].device() && state_steps[i].is_cpu() != on_device &&
-              covers_adamw(
-                  params[i], grads[i], exp_avgs[i], exp_avg_sqs[i], amsgrad ? max_exp_avg_sqs[i] : none, state_steps[i],
-                  /*mixed_dtypes=*/true);
+    covered = params[i].device() == params[0].device() && state_steps[i].is_cpu() != on_device;
   TORCH_CHECK_NOT_IMPLEMENTED(covered, "nnfast::adamw_ does not cover this call; nnfast.optim.AdamW hands it to torch");
+  // A learning rate on the device is read there.
+  double lr = c.lr;
+  const Tensor* device_lr = nullptr;
+  if (defined(c.tensor_lr)) {
+    const auto& t = *c.tensor_lr;
+    const bool readable = t.is_cuda() && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        t.numel() == 1 && (t.is_cpu() || (readable && t.device() == params[0].device())),
+        "nnfast::adamw_: lr must be one number, on the CPU, or in float or double on the parameters' device");
+    if (t.is_cpu())
+      lr = t.item<double>();
+    else
+      device_lr = &t;
+  }
   const On on(params[0]);
-  const float *scale = device_float(grad_scale, params[0], "grad_scale"),
-              *inf = device_float(found_inf, params[0], "found_inf");
+  const float *scale = device_float(c.grad_scale, params[0], "grad_scale"),
+              *inf = device_float(c.found_inf, params[0], "found_inf"),
+              *coef = device_float(c.clip_coef, params[0], "clip_coef");
   // Counts on the CPU advance there, so it must know; torch keeps them on the device wherever it passes found_inf.
-  if (!on_device && inf && found_inf->item<float>() != 0) return;
+  if (!on_device && inf && c.found_inf->item<float>() != 0) return;
 
   std::vector<AdamWTensor> tensors(n);  // zeros, between the members too: they are compared as bytes
   std::vector<std::pair<Tensor, Tensor>> reordered;
@@ -146,13 +158,12 @@ void step(
     t.exp_avg = exp_avgs[i].mutable_data_ptr();
     t.exp_avg_sq = exp_avg_sqs[i].mutable_data_ptr();
     if (amsgrad) t.max_exp_avg_sq = max_exp_avg_sqs[i].mutable_data_ptr();
-    auto* count = state_steps[i].mutable_data_ptr<float>();
     if (on_device) {
-      t.step = count;
+      t.step = state_steps[i].mutable_data_ptr<float>();
     } else {
-      *count += 1;
-      if (i == 0) first = *count;
-      t.step_offset = *count - first;
+      const float next = *state_steps[i].const_data_ptr<float>() + 1;
+      if (i == 0) first = next;
+      t.step_offset = next - first;
     }
     t.size = params[i].numel();
     t.chunks = static_cast<uint32_t>(std::max<int64_t>(1, (t.size + kAdamWChunk - 1) / kAdamWChunk));
@@ -165,52 +176,31 @@ void step(
 
   AdamW a = with_table(std::move(tensors), on.stream);
   a.lr = lr;
-  a.beta1 = beta1;
-  a.beta2 = beta2;
-  a.weight_decay = weight_decay;
-  a.eps = eps;
-  a.maximize = maximize;
+  a.beta1 = c.beta1;
+  a.beta2 = c.beta2;
+  a.weight_decay = c.weight_decay;
+  a.eps = c.eps;
+  a.maximize = c.maximize;
   a.grad_scale = scale;
   a.found_inf = inf;
+  a.clip_coef = coef;
   a.step = first;
   if (device_lr) {
     a.device_lr = device_lr->const_data_ptr();
     a.device_lr_is_double = device_lr->scalar_type() == at::kDouble;
   } else if (!on_device) {
-    a.scalars = AdamWStep<double>(lr, beta1, beta2, eps, weight_decay, first);
+    a.scalars = AdamWStep<double>(lr, c.beta1, c.beta2, c.eps, c.weight_decay, first);
   }
   C10_CUDA_CHECK(cuda::adamw(a, on.stream));
+  // The counts advance once nothing can fail any more.
+  if (!on_device)
+    for (const auto& s : state_steps) *s.mutable_data_ptr<float>() += 1;
   if (scale)
     for (auto& [theirs, ours] : reordered) theirs.copy_(ours);
 }
 
-void adamw_cuda(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
-    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
-  step(
-      params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr, nullptr, beta1, beta2, weight_decay, eps,
-      maximize, grad_scale, found_inf);
-}
-
-void adamw_tensor_lr_cuda(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
-    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf) {
-  const bool readable = lr.is_cuda() && (lr.scalar_type() == at::kFloat || lr.scalar_type() == at::kDouble);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      lr.numel() == 1 && (lr.is_cpu() || (readable && !params.empty() && lr.device() == params[0].device())),
-      "nnfast::adamw_: lr must be one number, on the CPU, or in float or double on the parameters' device");
-  step(
-      params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps, lr.is_cpu() ? lr.item<double>() : 0,
-      lr.is_cpu() ? nullptr : &lr, beta1, beta2, weight_decay, eps, maximize, grad_scale, found_inf);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(nnfast, CUDA, m) {
-  m.impl("adamw_", adamw_cuda);
-  m.impl("adamw_.tensor_lr", adamw_tensor_lr_cuda);
-}
+TORCH_LIBRARY_IMPL(nnfast, CUDA, m) { m.impl("adamw_", Flat<AdamWCall, adamw_cuda>::call); }
 
 }  // namespace nnfast::cuda

@@ -49,7 +49,7 @@ struct Any {
 template <int V, class P, class G, class M>
 __device__ void update(
     const AdamWTensor& t, P param, G grad, M exp_avg, M exp_avg_sq, M max_exp_avg_sq, const AdamWStep<float>& step,
-    bool maximize, const float* grad_scale, int64_t begin, int64_t end) {
+    bool maximize, const float* grad_scale, const float* clip_coef, int64_t begin, int64_t end) {
   const bool amsgrad = t.max_exp_avg_sq;
   const auto at = [&](int64_t i, auto size) {
     constexpr int N = size();
@@ -63,6 +63,11 @@ __device__ void update(
 #pragma unroll
       for (auto& a : g) a = a / scale;
       grad.store(i, g);
+    }
+    if (clip_coef) {
+      const float coef = *clip_coef;
+#pragma unroll
+      for (auto& a : g) a = a * coef;
     }
 #pragma unroll
     for (int j = 0; j < N; ++j) adamw_moments(maximize ? -g[j] : g[j], m[j], v[j], step);
@@ -93,7 +98,7 @@ __device__ void update(const AdamWTensor& t, const AdamWStep<float>& step, const
   const auto known = [](void* p) { return Known<T>{static_cast<T*>(p)}; };
   update<V>(
       t, known(t.param), known(t.grad), known(t.exp_avg), known(t.exp_avg_sq), known(t.max_exp_avg_sq), step,
-      a.maximize, a.grad_scale, begin, end);
+      a.maximize, a.grad_scale, a.clip_coef, begin, end);
 }
 
 // The scalars of a tensor, for one thread of each of its blocks. A count on the device is read by all of them and then
@@ -129,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, kResident) adamw_kernel(const __grid
     update<4>(
         t, Any{t.param, dtype}, Any{t.grad, t.grad_dtype}, Any{t.exp_avg, t.moments_dtype},
         Any{t.exp_avg_sq, t.moments_dtype}, Any{t.max_exp_avg_sq, t.moments_dtype}, step, a.maximize, a.grad_scale,
-        begin, end);
+        a.clip_coef, begin, end);
   else if (dtype == DType::f32)
     update<float, 4>(t, step, a, begin, end);
   else if (dtype == DType::bf16)

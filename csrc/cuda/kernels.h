@@ -86,7 +86,7 @@ struct AdamW {
   double lr, beta1, beta2, weight_decay, eps;
   const void* device_lr;  // null, or one number there in place of lr
   bool device_lr_is_double, maximize;
-  const float *grad_scale, *found_inf;  // null, or one number on the device
+  const float *grad_scale, *found_inf, *clip_coef;  // null, or one number on the device
   double step;
   AdamWStep<double> scalars;  // of a tensor at `step`, where lr is known here
 };

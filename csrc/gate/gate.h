@@ -29,9 +29,10 @@ inline std::optional<Backend> backend_called(const char* name) {
 // What use_backend() holds this thread to, or NNFAST_BACKEND every thread.
 inline thread_local std::optional<Backend> held = backend_called(std::getenv("NNFAST_BACKEND"));
 
-enum Op { kLayerNorm, kGelu, kLinearGelu, kCrossEntropy, kAdamW, kAttention };
-constexpr std::array kOps = {"layer_norm",    "gelu",   "linear_gelu",
-                             "cross_entropy", "adamw_", "scaled_dot_product_attention"};
+enum Op { kLayerNorm, kGelu, kLinearGelu, kCrossEntropy, kAdamW, kSgd, kRMSprop, kTotalNorm, kAttention };
+constexpr std::array kOps = {"layer_norm",    "gelu",       "linear_gelu",
+                             "cross_entropy", "adamw_",     "sgd_",
+                             "rmsprop_",      "total_norm", "scaled_dot_product_attention"};
 
 // Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
 // Python registers and then says so.

@@ -1,14 +1,20 @@
 // How the groups and the state of a torch optimizer are read: afresh at every step, so that nothing can be out of date.
 #pragma once
 
+#include <ATen/ops/empty_like.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/object_ptr.h>
 
+#include <deque>
 #include <vector>
 
+#include "../ops/optimizer.h"
 #include "gate.h"
+#include "paths.h"
 
 namespace nnfast {
+
+extern Path reordered_gradient;
 
 // Tensors without references of their own. Taking one, and giving it back, costs a tenth of a microsecond: a tensor
 // that Python knows counts it there too. What they point to is held by the optimizer, and so alive while nobody else
@@ -28,34 +34,36 @@ class Borrowed {
   std::vector<Tensor> tensors_;
 };
 
-struct AdamWGroup {
-  Borrowed params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps;
-  Borrowed sharded;  // the parameters that are DTensors: of them, params holds the shards
-  int64_t elements = 0;
-  double lr, beta1, beta2, weight_decay, eps;
-  Tensor device_lr;  // in place of lr, where that is a tensor on a GPU
-  bool maximize;
+// One group of an optimizer, and its op's arguments.
+template <class Call>
+struct Group {
+  static constexpr size_t kLists = Call::kState.size();
 
-  void step(const OptTensor& grad_scale, const OptTensor& found_inf) const {
+  Call call{};  // its numbers; its lists are these:
+  Borrowed params, grads, state_steps;
+  std::array<Borrowed, kLists> state;
+  std::array<bool, kLists> wanted{};
+  bool capturable = false, whole = true;  // whole: that the group's options let ours serve any of it
+  Borrowed sharded;                       // the parameters that are DTensors: of them, params holds the shards
+  std::deque<Tensor> reordered;           // gradients, in the order of their parameters
+  std::vector<PyObject*> left;            // the parameters that are torch's, borrowed
+  int64_t elements = 0;
+
+  void step() {
     if (params.tensors().empty()) return;
-    const auto call = [&](auto op, const auto& rate) {
-      op(params.tensors(), grads.tensors(), exp_avgs.tensors(), exp_avg_sqs.tensors(), max_exp_avg_sqs.tensors(),
-         state_steps.tensors(), rate, beta1, beta2, weight_decay, eps, maximize, grad_scale, found_inf);
-    };
-    device_lr.defined() ? call(adamw_tensor_lr, device_lr) : call(adamw_, lr);
+    call.params = params.tensors();
+    call.grads = grads.tensors();
+    call.state_steps = state_steps.tensors();
+    for (size_t k = 0; k < kLists; ++k) call.state[k] = state[k].tensors();
+    call();
     for (const auto& t : sharded.tensors()) t.unsafeGetTensorImpl()->bump_version();
   }
-
-  // On one device, with their steps: there, or all on the CPU; and the numbers of a GradScaler with them.
-  bool on_one_device(const OptTensor& grad_scale, const OptTensor& found_inf) const {
-    if (params.tensors().empty()) return true;
-    const auto device = params.tensors()[0].device(), steps = state_steps.tensors()[0].device();
-    const auto there = [&](const OptTensor& t) { return !defined(t) || t->device() == device; };
-    for (const auto& p : params.tensors())
-      if (p.device() != device) return false;
-    for (const auto& s : state_steps.tensors())
-      if (s.device() != steps) return false;
-    return there(grad_scale) && there(found_inf) && (!device_lr.defined() || device_lr.device() == device);
+  std::vector<Tensor> held() const {
+    std::vector<Tensor> all;
+    const auto add = [&](const Borrowed& list) { all.insert(all.end(), list.tensors().begin(), list.tensors().end()); };
+    add(params), add(grads), add(state_steps), add(sharded);
+    for (const auto& list : state) add(list);
+    return all;
   }
 };
 
@@ -88,8 +96,7 @@ class StateReader {
 
 // The values of `keys` in a dict, null for one that is missing. A dict is most quickly read in its own order, which is
 // that of the keys wherever torch's optimizer made it.
-template <size_t N>
-void look_up(PyObject* dict, PyObject* const (&keys)[N], size_t count, PyObject* (&values)[N]) {
+inline void look_up(PyObject* dict, PyObject* const* keys, size_t count, PyObject** values) {
   PyObject *key, *value;
   Py_ssize_t position = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -153,82 +160,201 @@ inline const Tensor* shard(PyObject* o, PyObject* like) {
   return &THPVariable_Unpack(local.get());
 }
 
-// Everything the update needs, read afresh: nothing is kept from step to step, so nothing can be out of date.
-inline bool read_group(PyObject* group, StateReader& state, AdamWGroup& out) {
-  static PyObject* const k_params = interned("params");
-  static PyObject* const k_lr = interned("lr");
-  static PyObject* const k_betas = interned("betas");
-  static PyObject* const k_weight_decay = interned("weight_decay");
-  static PyObject* const k_eps = interned("eps");
-  static PyObject* const k_amsgrad = interned("amsgrad");
-  static PyObject* const k_maximize = interned("maximize");
-  static PyObject* const k_capturable = interned("capturable");
-  static PyObject* const k_differentiable = interned("differentiable");
-  static PyObject* const k_decoupled = interned("decoupled_weight_decay");
-  static PyObject* const k_foreach = interned("foreach");
-  static PyObject* const k_state[] = {
-      interned("step"), interned("exp_avg"), interned("exp_avg_sq"), interned("max_exp_avg_sq")};
+// ---- the options of a group, optimizer by optimizer ----
 
+// A list of interned names of a dict's entries, made once.
+template <size_t N>
+std::array<PyObject*, N> interned_all(const std::array<const char*, N>& names) {
+  std::array<PyObject*, N> keys;
+  for (size_t i = 0; i < N; ++i) keys[i] = interned(names[i]);
+  return keys;
+}
+
+inline bool numbers(PyObject* group, std::initializer_list<std::pair<PyObject*, double*>> wanted) {
+  for (const auto& [key, out] : wanted)
+    if (!number(PyDict_GetItem(group, key), *out)) return false;
+  return true;
+}
+inline bool flags(PyObject* group, std::initializer_list<std::pair<PyObject*, bool*>> wanted) {
+  for (const auto& [key, out] : wanted)
+    if (!flag(group, key, *out)) return false;
+  return true;
+}
+
+#define NNFAST_KEY(name)                         \
+  []() -> PyObject* {                            \
+    static PyObject* const key = interned(name); \
+    return key;                                  \
+  }()
+
+// lr, a number or a tensor of one, and what all optimizers share. torch refuses a tensor lr with foreach=True, and says
+// so.
+template <class Call>
+bool read_shared(PyObject* group, Group<Call>& out) {
+  bool differentiable, foreach;
+  if (!flags(
+          group, {{NNFAST_KEY("maximize"), &out.call.maximize},
+                  {NNFAST_KEY("differentiable"), &differentiable},
+                  {NNFAST_KEY("foreach"), &foreach}}))
+    return false;
+  PyObject* lr = PyDict_GetItem(group, NNFAST_KEY("lr"));
+  if (!lr || differentiable || (foreach && is_plain(lr))) return false;
+  if (is_plain(lr) && THPVariable_Unpack(lr).is_cuda()) {
+    out.call.tensor_lr = THPVariable_Unpack(lr);
+    return ordinary(*out.call.tensor_lr) && out.call.tensor_lr->numel() == 1;
+  }
+  return number(lr, out.call.lr);
+}
+
+inline bool read_options(PyObject* group, Group<AdamWCall>& out) {
+  auto& a = out.call;
+  bool amsgrad;
+  PyObject* betas = PyDict_GetItem(group, NNFAST_KEY("betas"));
+  if (!read_shared(group, out) ||
+      !flags(
+          group, {{NNFAST_KEY("amsgrad"), &amsgrad},
+                  {NNFAST_KEY("capturable"), &out.capturable},
+                  {NNFAST_KEY("decoupled_weight_decay"), &a.decoupled_weight_decay}}) ||
+      !numbers(group, {{NNFAST_KEY("weight_decay"), &a.weight_decay}, {NNFAST_KEY("eps"), &a.eps}}) || !betas ||
+      !PyTuple_Check(betas) || PyTuple_GET_SIZE(betas) != 2)
+    return false;
+  out.wanted = {true, true, amsgrad, false};
+  return unpack_double(PyTuple_GET_ITEM(betas, 0), a.beta1) && unpack_double(PyTuple_GET_ITEM(betas, 1), a.beta2);
+}
+
+inline bool read_options(PyObject* group, Group<SgdCall>& out) {
+  auto& a = out.call;
+  if (!read_shared(group, out) || !flag(group, NNFAST_KEY("nesterov"), a.nesterov) ||
+      !numbers(
+          group, {{NNFAST_KEY("momentum"), &a.momentum},
+                  {NNFAST_KEY("dampening"), &a.dampening},
+                  {NNFAST_KEY("weight_decay"), &a.weight_decay}}))
+    return false;
+  out.wanted = {a.momentum != 0};
+  return true;
+}
+
+inline bool read_options(PyObject* group, Group<RMSpropCall>& out) {
+  auto& a = out.call;
+  if (!read_shared(group, out) ||
+      !flags(group, {{NNFAST_KEY("centered"), &a.centered}, {NNFAST_KEY("capturable"), &out.capturable}}) ||
+      !numbers(
+          group, {{NNFAST_KEY("alpha"), &a.alpha},
+                  {NNFAST_KEY("eps"), &a.eps},
+                  {NNFAST_KEY("weight_decay"), &a.weight_decay},
+                  {NNFAST_KEY("momentum"), &a.momentum}}))
+    return false;
+  out.wanted = {true, a.momentum > 0, a.centered};
+  return true;
+}
+
+// ---- the parameters of a group ----
+
+inline Op gate_of(const AdamWCall&) { return kAdamW; }
+inline Op gate_of(const SgdCall&) { return kSgd; }
+inline Op gate_of(const RMSpropCall&) { return kRMSprop; }
+
+// What of a call only the CPU kernels know.
+inline bool covers_on_gpu(const AdamWCall& a, bool master) {
+  return (a.decoupled_weight_decay || a.weight_decay == 0) && !master && !a.rounding_seed;
+}
+template <class Call>
+bool covers_on_gpu(const Call&, bool) {
+  return true;
+}
+
+// One parameter that has a gradient, added to the group's lists; false where it is torch's.
+template <class Call>
+bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) {
+  static const auto k_state = interned_all(Call::kState);
+  static PyObject* const k_step = interned("step");
+  constexpr size_t kLists = Group<Call>::kLists;
+  constexpr bool kSteps = !std::is_same_v<Call, SgdCall>;
+  const bool plain = is_plain(p);
+  // The update goes element by element: where parameter, gradient and moments are cut alike, shard by shard.
+  const Tensor &whole = THPVariable_Unpack(p), &whole_grad = whole.grad();
+  const Tensor *param = &whole, *grad = &whole_grad;
+  if (!plain) {
+    THPObjectPtr g(THPVariable_Wrap(whole_grad));
+    if (!is_whole(p) || !(param = shard(p, p)) || !(grad = shard(g, p))) return false;
+  }
+  // Its entries in the order in which torch's optimizer makes them, and so those of the dict.
+  std::array<bool, kLists> wanted = out.wanted;
+  const bool master = exact && Call::kMaster < kLists && param->scalar_type() == at::kBFloat16;
+  if constexpr (Call::kMaster < kLists) wanted[Call::kMaster] = master;
+  PyObject* keys[kLists + 1];
+  size_t count = 0;
+  if (kSteps) keys[count++] = k_step;
+  for (size_t k = 0; k < kLists; ++k)
+    if (wanted[k]) keys[count++] = k_state[k];
+  PyObject *values[kLists + 1], *s = count ? states.of(p) : nullptr;
+  if (count && !s) return false;
+  if (count) look_up(s, keys, count, values);
+  const Tensor* found[kLists + 1];
+  for (size_t k = 0; k < count; ++k) {
+    if (!values[k]) return false;
+    const bool as_is = plain || (kSteps && k == 0);  // the step is never cut
+    found[k] = !as_is ? shard(values[k], p) : is_plain(values[k]) ? &THPVariable_Unpack(values[k]) : nullptr;
+    if (!found[k] || !ordinary(*found[k])) return false;
+  }
+  const Tensor* step = kSteps ? found[0] : nullptr;
+  std::array<const Tensor*, kLists> state{};
+  const Tensor* low = nullptr;
+  for (size_t k = 0, next = kSteps; k < kLists; ++k)
+    if (wanted[k]) (k == Call::kMaster ? low : state[k]) = found[next++];
+  if (!served(gate_of(out.call), *param) || !ordinary(*param) || !ordinary(*grad) ||
+      !covers_step(*param, *grad, state, low, step))
+    return false;
+  if (!param->is_cpu() && (!covers_on_gpu(out.call, master) || state[0]->scalar_type() != param->scalar_type()))
+    return false;
+  if (out.capturable && (!step || !step->is_cuda())) return false;  // torch's own error
+  // All on one device, with their steps: there, or all on the CPU; and the numbers of a GradScaler with them.
+  const auto there = [&](const OptTensor& t) { return !defined(t) || t->device() == param->device(); };
+  if (!out.params.tensors().empty() && (out.params.tensors()[0].device() != param->device() ||
+                                        (step && out.state_steps.tensors()[0].device() != step->device())))
+    return false;
+  if (!there(out.call.grad_scale) || !there(out.call.found_inf) || !there(out.call.tensor_lr) ||
+      !there(out.call.clip_coef))
+    return false;
+  if (param->is_cpu() && grad->strides() != param->strides()) {
+    // Made here, before any group has changed. An unscaled gradient would have to be written back.
+    if (defined(out.call.grad_scale)) return false;
+    out.reordered.push_back(at::empty_like(*param));
+    out.reordered.back().copy_(grad->detach());
+    reordered_gradient.taken();
+    grad = &out.reordered.back();
+  }
+  out.params.add(*param);
+  out.grads.add(*grad);
+  if (step) out.state_steps.add(*step);
+  static const Tensor none;
+  for (size_t k = 0; k < kLists; ++k)
+    if (out.wanted[k]) out.state[k].add(*state[k]);
+  if constexpr (Call::kMaster < kLists)
+    if (exact) out.state[Call::kMaster].add(low ? *low : none);
+  if (!plain) out.sharded.add(whole);
+  out.elements += param->numel();
+  return true;
+}
+
+// Everything the update needs, read afresh: nothing is kept from step to step, so nothing can be out of date. `exact`:
+// whether bfloat16 parameters have masters; `skipped`: null, or a set of parameters. False where the group cannot be
+// read at all.
+template <class Call>
+bool read_group(PyObject* group, StateReader& states, bool exact, PyObject* skipped, Group<Call>& out) {
   if (!PyDict_Check(group)) return false;
-  bool amsgrad, capturable, differentiable, decoupled, foreach;
-  if (!flag(group, k_amsgrad, amsgrad) || !flag(group, k_maximize, out.maximize) ||
-      !flag(group, k_capturable, capturable) || !flag(group, k_differentiable, differentiable) ||
-      !flag(group, k_decoupled, decoupled) || !flag(group, k_foreach, foreach))
-    return false;
-  PyObject *lr = PyDict_GetItem(group, k_lr), *betas = PyDict_GetItem(group, k_betas);
-  // torch refuses a tensor lr with foreach=True, and says so.
-  if (differentiable || !decoupled || (foreach && lr && is_plain(lr))) return false;
-  if (!betas || !PyTuple_Check(betas) || PyTuple_GET_SIZE(betas) != 2) return false;
-  const bool device_lr = lr && is_plain(lr) && THPVariable_Unpack(lr).is_cuda();
-  if (device_lr) out.device_lr = THPVariable_Unpack(lr);
-  if (device_lr ? !ordinary(out.device_lr) || out.device_lr.numel() != 1 : !number(lr, out.lr)) return false;
-  if (!unpack_double(PyTuple_GET_ITEM(betas, 0), out.beta1) || !unpack_double(PyTuple_GET_ITEM(betas, 1), out.beta2) ||
-      !number(PyDict_GetItem(group, k_weight_decay), out.weight_decay) ||
-      !number(PyDict_GetItem(group, k_eps), out.eps))
-    return false;
-
-  PyObject* params = PyDict_GetItem(group, k_params);
+  PyObject* params = PyDict_GetItem(group, NNFAST_KEY("params"));
   if (!params || !PyList_Check(params)) return false;
+  out.whole = read_options(group, out);
   const Py_ssize_t n = PyList_GET_SIZE(params);
-  for (auto* list : {&out.params, &out.grads, &out.exp_avgs, &out.exp_avg_sqs, &out.state_steps}) list->reserve(n);
-  const Tensor none;
+  for (auto* list : {&out.params, &out.grads, &out.state_steps}) list->reserve(n);
+  for (size_t k = 0; k < out.state.size(); ++k)
+    if (out.wanted[k]) out.state[k].reserve(n);
   for (Py_ssize_t i = 0; i < n; ++i) {
     PyObject* p = PyList_GET_ITEM(params, i);
-    const bool plain = is_plain(p);
-    if (!plain && !is_dtensor(p)) return false;
-    const Tensor &whole = THPVariable_Unpack(p), &whole_grad = whole.grad();
-    if (!whole_grad.defined()) continue;
-    // The update goes element by element: where parameter, gradient and moments are cut alike, shard by shard.
-    const Tensor *param = &whole, *grad = &whole_grad;
-    if (!plain) {
-      THPObjectPtr g(THPVariable_Wrap(whole_grad));
-      if (!is_whole(p) || !(param = shard(p, p)) || !(grad = shard(g, p))) return false;
-      out.sharded.add(whole);
-    }
-    PyObject *s = state.of(p), *values[4];
-    if (!s) return false;
-    const size_t count = amsgrad ? 4 : 3;
-    look_up(s, k_state, count, values);
-    const Tensor* state_of_p[4] = {nullptr, nullptr, nullptr, &none};
-    for (size_t k = 0; k < count; ++k) {
-      PyObject* o = values[k];
-      if (!o) return false;
-      const bool as_is = plain || k == 0;  // the step is never cut
-      state_of_p[k] = !as_is ? shard(o, p) : is_plain(o) ? &THPVariable_Unpack(o) : nullptr;
-      if (!state_of_p[k] || !ordinary(*state_of_p[k])) return false;
-    }
-    const auto [step, exp_avg, exp_avg_sq, top] = state_of_p;
-    if (!served(kAdamW, *param) || !ordinary(*param) || !ordinary(*grad) ||
-        !covers_adamw(*param, *grad, *exp_avg, *exp_avg_sq, *top, *step))
-      return false;
-    if (capturable && !step->is_cuda()) return false;  // torch's own error
-    out.params.add(*param);
-    out.grads.add(*grad);
-    out.exp_avgs.add(*exp_avg);
-    out.exp_avg_sqs.add(*exp_avg_sq);
-    out.state_steps.add(*step);
-    if (amsgrad) out.max_exp_avg_sqs.add(*top);
-    out.elements += param->numel();
+    if (!is_plain(p) && !is_dtensor(p)) return false;
+    if (!THPVariable_Unpack(p).grad().defined() || (skipped && PySet_Contains(skipped, p) != 0)) continue;
+    if (!out.whole || !read_param(p, states, exact, out)) out.left.push_back(p);
   }
   return true;
 }

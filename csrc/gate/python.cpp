@@ -1,14 +1,16 @@
 // The extension module nnfast._C: the gate, and behind it a short way from Python to the ops.
 //
 // layer_norm, gelu, linear_gelu, linear_gelu_pre, cross_entropy, scaled_dot_product_attention: the result, or None
-// where the call is torch's. adamw_: True, or False where nothing was done and the step is torch's. A plain C function
-// costs about a microsecond less a call than torch.ops, which parses a schema.
+// where the call is torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what is left to torch.
+// A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
+
+#include <limits>
 
 #include "gate.h"
 #include "optimizer.h"
@@ -181,35 +183,95 @@ PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // Elements from which other Python threads may run during a step, some milliseconds. What they could let go of is then
 // held by references.
 Threshold release_gil("release_gil_elements", int64_t(1) << 24);
-Path gil_released("adamw_.without_gil");
+Path gil_released("step.without_gil");
 
-// adamw_(param_groups, state, grad_scale, found_inf)
-PyObject* py_adamw_(PyObject*, PyObject* const* args, Py_ssize_t count) {
+// adamw_(param_groups, state, grad_scale, found_inf, clip_coef, master_weights, rounding_seed, skipped), and sgd_ and
+// rmsprop_: True where all is done, but for the parameters in the set `skipped`, or None. Else nothing is done: False
+// where nothing is ours, or a list of the parameters that are torch's, group by group.
+template <class Call>
+PyObject* py_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 4) return wrong_arguments("adamw_(param_groups, state, grad_scale, found_inf)");
+  if (count != 8)
+    return wrong_arguments(
+        "(param_groups, state, grad_scale, found_inf, clip_coef, master_weights, rounding_seed, skipped)");
   if (!ordinary_thread() || !PyList_Check(args[0]) || !PyDict_Check(args[1]) || !is_plain_or_none(args[2]) ||
-      !is_plain_or_none(args[3]))
+      !is_plain_or_none(args[3]) || !is_plain_or_none(args[4]))
     Py_RETURN_FALSE;
-  const OptTensor grad_scale = optional_tensor(args[2]), found_inf = optional_tensor(args[3]);
+  const bool exact = args[5] == Py_True;
+  PyObject* skipped = PySet_Check(args[7]) ? args[7] : nullptr;
   // Every group is read before any is changed.
-  std::vector<AdamWGroup> groups(PyList_GET_SIZE(args[0]));
-  StateReader state(args[1]);
-  for (size_t i = 0; i < groups.size(); ++i)
-    if (!read_group(PyList_GET_ITEM(args[0], i), state, groups[i]) || !groups[i].on_one_device(grad_scale, found_inf))
-      Py_RETURN_FALSE;
-  for (const auto& g : groups) {
+  std::vector<Group<Call>> groups(PyList_GET_SIZE(args[0]));
+  StateReader states(args[1]);
+  bool all = true;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    auto& call = groups[i].call;
+    call.grad_scale = optional_tensor(args[2]);
+    call.found_inf = optional_tensor(args[3]);
+    call.clip_coef = optional_tensor(args[4]);
+    if (args[6] != Py_None) call.rounding_seed = PyLong_AsLongLong(args[6]);
+    if (!read_group(PyList_GET_ITEM(args[0], i), states, exact, skipped, groups[i])) Py_RETURN_FALSE;
+    all = all && groups[i].left.empty();
+  }
+  if (!all) {
+    py::list left;
+    for (const auto& g : groups) {
+      py::list of_group;
+      for (PyObject* p : g.left) of_group.append(py::handle(p));
+      left.append(of_group);
+    }
+    return left.release().ptr();
+  }
+  for (auto& g : groups) {
     if (g.elements < release_gil) {
-      g.step(grad_scale, found_inf);
+      g.step();
       continue;
     }
     gil_released.taken();
-    std::vector<Tensor> held;
-    for (const auto* list :
-         {&g.params, &g.grads, &g.exp_avgs, &g.exp_avg_sqs, &g.max_exp_avg_sqs, &g.state_steps, &g.sharded})
-      held.insert(held.end(), list->tensors().begin(), list->tensors().end());
+    const auto held = g.held();
     pybind11::gil_scoped_release no_gil;
-    g.step(grad_scale, found_inf);
+    g.step();
   }
+  Py_RETURN_TRUE;
+  END_HANDLE_TH_ERRORS
+}
+
+// Plain dense tensors on the CPU, as the two functions below take them.
+bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty) {
+  if (!PyList_Check(list) || !PyList_GET_SIZE(list) || !ordinary_thread()) return false;
+  out.reserve(PyList_GET_SIZE(list));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
+    PyObject* o = PyList_GET_ITEM(list, i);
+    if (!is_plain(o)) return false;
+    const Tensor& t = THPVariable_Unpack(o);
+    if (!served(kTotalNorm, t) || !ordinary(t) || !covers_clip(t)) return false;
+    any_empty = any_empty || t.numel() == 0;
+    out.add(t);
+  }
+  return true;
+}
+// total_norm(tensors, norm_type): their norm in float64, or None where it is torch's.
+PyObject* py_total_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  double norm_type;
+  if (count != 2 || !unpack_double(args[1], norm_type)) return wrong_arguments("total_norm(tensors, norm_type)");
+  Borrowed tensors;
+  bool any_empty = false;
+  const bool largest = norm_type == std::numeric_limits<double>::infinity();
+  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors, any_empty) || (largest && any_empty))
+    Py_RETURN_NONE;  // the largest of nothing is torch's error
+  return THPVariable_Wrap(total_norm(tensors.tensors(), norm_type));
+  END_HANDLE_TH_ERRORS
+}
+
+// scale_(tensors, factor): False where it is torch's.
+PyObject* py_scale_(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  double factor;
+  if (count != 2 || !unpack_double(args[1], factor)) return wrong_arguments("scale_(tensors, factor)");
+  Borrowed tensors;
+  bool any_empty = false;
+  if (!read_tensors(args[0], tensors, any_empty)) Py_RETURN_FALSE;
+  if (factor != 1) scale_(tensors.tensors(), factor);
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
@@ -292,7 +354,11 @@ PyMethodDef methods[] = {
     FAST("linear_gelu_pre", py_linear_gelu<true>),
     FAST("cross_entropy", py_cross_entropy),
     FAST("scaled_dot_product_attention", py_attention),
-    FAST("adamw_", py_adamw_),
+    FAST("adamw_", py_step<AdamWCall>),
+    FAST("sgd_", py_step<SgdCall>),
+    FAST("rmsprop_", py_step<RMSpropCall>),
+    FAST("total_norm", py_total_norm),
+    FAST("scale_", py_scale_),
     FAST("set_threshold", py_set_threshold),
     {"hold", py_hold, METH_O, nullptr},
     {"paths", py_paths, METH_NOARGS, nullptr},

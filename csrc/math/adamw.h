@@ -5,10 +5,11 @@
 //   v = v beta2 + g^2 (1 - beta2)
 //   p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
-// with g = -grad when maximizing, and under amsgrad the largest v so far in place of v in the last line.
-// Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; Reddi et al., "On the Convergence
-// of Adam and Beyond", 2018. The scalars are formed in double, once a tensor. sqrt(1 - beta2^t) is taken out of the
-// denominator there, which saves a division and a rounding an element.
+// with g = -grad when maximizing, and under amsgrad the largest v so far in place of v in the last line. Adam, whose
+// decay is not decoupled, has g = g + weight_decay p in place of the first line.
+// Source: Kingma and Ba, "Adam", 2015; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019; Reddi et
+// al., "On the Convergence of Adam and Beyond", 2018. The scalars are formed in double, once a tensor. sqrt(1 -
+// beta2^t) is taken out of the denominator there, which saves a division and a rounding an element.
 #pragma once
 
 #include <cmath>
@@ -20,21 +21,26 @@ namespace nnfast {
 // A is double for the caller who forms it, then the register or scalar type of the elements.
 template <class A>
 struct AdamWStep {
-  A decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
+  A decay, l2, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
 
   AdamWStep() = default;
 
   template <class B>
   NNFAST_FN explicit AdamWStep(const AdamWStep<B>& s)
       : decay(s.decay),
+        l2(s.l2),
         one_minus_beta1(s.one_minus_beta1),
         beta2(s.beta2),
         one_minus_beta2(s.one_minus_beta2),
         step_size(s.step_size),
         eps(s.eps) {}
 
-  NNFAST_FN AdamWStep(A lr, A beta1, A beta2, A eps, A weight_decay, A t)
-      : decay(A(1) - lr * weight_decay), one_minus_beta1(A(1) - beta1), beta2(beta2), one_minus_beta2(A(1) - beta2) {
+  NNFAST_FN AdamWStep(A lr, A beta1, A beta2, A eps, A weight_decay, A t, bool decoupled = true)
+      : decay(decoupled ? A(1) - lr * weight_decay : A(1)),
+        l2(decoupled ? A(0) : weight_decay),
+        one_minus_beta1(A(1) - beta1),
+        beta2(beta2),
+        one_minus_beta2(A(1) - beta2) {
     using std::pow;
     using std::sqrt;
     const A correction2 = sqrt(A(1) - pow(beta2, t));

@@ -67,11 +67,6 @@ bool covers_cross_entropy(
 // What a mean divides by: the weights of the rows' classes, ignored ones left out. None where a class is out of range.
 std::optional<double> total_weight(
     const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index);
-// One parameter with its gradient and state. mixed_dtypes: for a kernel to which the gradient and the moments may come
-// in another 16-bit type or float than the parameter.
-bool covers_adamw(
-    const Tensor& param, const Tensor& grad, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-    const Tensor& max_exp_avg_sq, const Tensor& step, bool mixed_dtypes = false);
 
 bool covers_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal);
@@ -81,7 +76,7 @@ std::optional<std::vector<int64_t>> attention_strides(
 void check_attention_backward(
     const Tensor& grad_out, const Tensor& query, const Tensor& value, const Tensor& output, const Tensor& stats);
 
-// ---- the ops; their schemas and what they do are in the file of their stem ----
+// ---- the ops; their schemas and what they do are in the file of their stem; the optimizers' in optimizer.h ----
 
 std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
@@ -108,14 +103,6 @@ Tensor cross_entropy_backward(
 void cross_entropy_backward_(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
     int64_t reduction, int64_t ignore_index, double label_smoothing);
-void adamw_(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, double lr, double beta1, double beta2,
-    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
-void adamw_tensor_lr(
-    at::TensorList params, at::TensorList grads, at::TensorList exp_avgs, at::TensorList exp_avg_sqs,
-    at::TensorList max_exp_avg_sqs, at::TensorList state_steps, const Tensor& lr, double beta1, double beta2,
-    double weight_decay, double eps, bool maximize, const OptTensor& grad_scale, const OptTensor& found_inf);
 std::tuple<Tensor, Tensor> scaled_dot_product_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal,
     std::optional<double> scale);

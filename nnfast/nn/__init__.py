@@ -4,6 +4,7 @@ import torch.nn as _torch
 from torch.nn import *  # noqa: F403
 
 import nnfast.nn.functional as functional  # noqa: F401  (by its full name: a bare one is torch's, starred in above)
+import nnfast.nn.utils as utils  # noqa: F401
 from nnfast import _alias
 from nnfast.nn.cross_entropy import CrossEntropyLoss as CrossEntropyLoss
 from nnfast.nn.layer_norm import LayerNorm as LayerNorm

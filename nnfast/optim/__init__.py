@@ -1,14 +1,19 @@
-"""Everything in :mod:`torch.optim`, with our AdamW. What is not ours is torch's own object."""
+"""Everything in :mod:`torch.optim`; ours are AdamW, Adam, SGD and RMSprop. What is not ours is torch's own object."""
 
 import torch.optim as _torch
 from torch.optim import *  # noqa: F403
 
 from nnfast import _alias
+from nnfast.optim.adam import Adam as Adam
 from nnfast.optim.adamw import AdamW as AdamW
+from nnfast.optim.rmsprop import RMSprop as RMSprop
+from nnfast.optim.sgd import SGD as SGD
+from nnfast.optim.swap import swap as swap
 
 _alias.install()
 
-del adamw  # type: ignore[name-defined] # noqa: F821 (a module to import from, as torch.optim.adamw is)
+# Modules to import from, as torch's are.
+del adam, adamw, rmsprop, sgd  # type: ignore[name-defined] # noqa: F821
 
 
 def __getattr__(name: str):

@@ -1,0 +1,120 @@
+// How a step of an optimizer runs on a CPU: the tensors of a group in chunks, which the threads take in turn.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../gate/paths.h"
+#include "../ops/optimizer.h"
+#include "cpu.h"
+
+namespace nnfast {
+
+// Elements a thread takes at the least: their memory traffic outweighs waking the thread; and those of a chunk.
+extern Threshold step_grain, step_chunk;
+extern Path step_threads, reordered_gradient;
+
+// Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014: the finalizer.
+inline uint64_t mixed(uint64_t x) {
+  x += 0x9e3779b97f4a7c15;
+  x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9;
+  x = (x ^ x >> 27) * 0x94d049bb133111eb;
+  return x ^ x >> 31;
+}
+
+// Calls f(tensor, begin, end, chunk) for each chunk of each tensor, `chunk` counting through all of them. The threads
+// take them in turn, and so stay close to each other in memory.
+template <class F>
+void for_each_chunk(at::TensorList tensors, F f) {
+  const int64_t size = step_chunk;
+  std::vector<int64_t> ends;  // the number of chunks up to and with each tensor
+  ends.reserve(tensors.size());
+  int64_t total = 0, elements = 0;
+  for (const auto& t : tensors) {
+    ends.push_back(total += (t.numel() + size - 1) / size);
+    elements += t.numel();
+  }
+  const auto in_turn = [&](int64_t thread, int64_t step) {
+    size_t i = 0;
+    for (int64_t chunk = thread; chunk < total; chunk += step) {
+      while (ends[i] <= chunk) ++i;
+      const int64_t begin = (chunk - (i ? ends[i - 1] : 0)) * size;
+      f(i, begin, std::min(begin + size, tensors[i].numel()), chunk);
+    }
+  };
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / step_grain);
+  if (threads < 2) return in_turn(0, 1);
+  step_threads.taken();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) in_turn(thread, threads);
+  });
+}
+
+// scalars(lr, t): the numbers of the formula at step t. Whatever can fail comes before the first change.
+template <class Scalars, class Call, class Form>
+void step_cpu(
+    const Call& a, void (*Kernels::*kernel)(const StepOf<Scalars>&, int64_t, int64_t), Path& path, Form form) {
+  const auto number = [](const OptTensor& t, double otherwise) {
+    if (!defined(t)) return otherwise;
+    TORCH_CHECK_NOT_IMPLEMENTED(t->numel() == 1, "nnfast::", Call::kName, ": lr and the like are one number");
+    return t->template item<double>();
+  };
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      cpu_kernels() && covers_call(a), "nnfast::", Call::kName,
+      " does not cover this call; the optimizer hands it to torch");
+  const double lr = number(a.tensor_lr, a.lr), grad_scale = number(a.grad_scale, 1), coef = number(a.clip_coef, 1);
+  path.taken();
+  if (number(a.found_inf, 0) != 0) return;
+
+  const size_t n = a.params.size();
+  std::vector<StepOf<Scalars>> tensors(n);
+  std::vector<Tensor> reordered;
+  double t = 1;
+  Scalars scalars = form(lr, t);
+  for (size_t i = 0; i < n; ++i) {
+    const Tensor& param = a.params[i];
+    // Most parameters are at the same step: its powers are taken once.
+    if (!a.state_steps.empty()) {
+      const double next = *a.state_steps[i].template const_data_ptr<float>() + 1.0f;
+      if (next != t) scalars = form(lr, t = next);
+    }
+    const Tensor* grad = &a.grads[i];
+    if (grad->strides() != param.strides()) {
+      // Written back in its own order it would be one more thing that can fail.
+      TORCH_CHECK_NOT_IMPLEMENTED(
+          grad_scale == 1, "nnfast::", Call::kName, ": grad_scale with a gradient of other strides");
+      reordered_gradient.taken();
+      reordered.push_back(at::empty_like(param).copy_(*grad));
+      grad = &reordered.back();
+    }
+    auto& to = tensors[i];
+    to.dtype = to.state_dtype = cpu_dtype(param);
+    to.param = param.mutable_data_ptr();
+    to.grad = grad->mutable_data_ptr();
+    for (size_t k = 0; k < Call::kState.size(); ++k) {
+      if (a.state[k].empty() || !a.state[k][i].defined()) continue;
+      const Tensor& s = a.state[k][i];
+      if (k == Call::kMaster) {
+        to.master = s.template mutable_data_ptr<int16_t>();
+      } else {
+        to.state[k] = s.mutable_data_ptr();
+        to.state_dtype = cpu_dtype(s);
+      }
+    }
+    to.maximize = a.maximize;
+    to.grad_scale = grad_scale;
+    to.clip_coef = coef;
+    to.stochastic = a.rounding_seed.has_value();
+    // Another stream for every step and tensor.
+    if (to.stochastic) to.seed = mixed(mixed((uint64_t)*a.rounding_seed + (uint64_t)t) + i);
+    to.scalars = scalars;
+  }
+  for (const auto& s : a.state_steps) *s.template mutable_data_ptr<float>() += 1;
+  const auto update = cpu_kernels()->*kernel;
+  for_each_chunk(a.params, [&](size_t i, int64_t begin, int64_t end, int64_t) { update(tensors[i], begin, end); });
+}
+
+}  // namespace nnfast

@@ -1,0 +1,20 @@
+// The contract of the step of SGD: its schema. It has no gradient.
+#include <torch/library.h>
+
+#include "optimizer.h"
+
+namespace nnfast {
+
+TORCH_LIBRARY_FRAGMENT(nnfast, m) {
+  // One step for all parameters of a group, unless found_inf is not zero, when nothing changes. momentum_buffers is
+  // empty without momentum; before the first step it is torch's that makes them. tensor_lr stands for lr. Where
+  // grad_scale is given, grads are divided by it in place.
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, float lr, float momentum,"
+      " float dampening, float weight_decay, bool nesterov=False, bool maximize=False, Tensor? tensor_lr=None,"
+      " Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
+}
+TORCH_LIBRARY_IMPL(nnfast, Meta, m) { m.impl("sgd_", Flat<SgdCall, step_meta>::call); }
+TORCH_LIBRARY_IMPL(nnfast, Autograd, m) { m.impl("sgd_", Flat<SgdCall, step_autograd>::call); }
+
+}  // namespace nnfast

@@ -1,0 +1,93 @@
+import functools
+import types
+
+import torch
+import torch.nn.utils.clip_grad as _torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.nn.utils import clip_grads_with_norm_ as _clip_grads_with_norm_
+from torch.nn.utils import get_total_norm as _get_total_norm
+
+from nnfast import backend
+
+
+def __getattr__(name: str):
+    return getattr(_torch, name)
+
+
+def total_norm(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
+    """The norm as torch's ``get_total_norm`` gives it, and the same before it was rounded, where ours served."""
+    exact = None
+    if backend.native is not None and not is_compiling():
+        exact = backend.native.total_norm(tensors, norm_type)
+    if exact is None:
+        if tensors:
+            backend.torch_serves("get_total_norm")
+        norm = _get_total_norm(tensors, norm_type)
+        return norm, norm
+    dtypes = {t.dtype for t in tensors}
+    return exact.to(functools.reduce(torch.promote_types, dtypes)), exact
+
+
+def _check_finite(norm: Tensor, tensors: list[Tensor], norm_type: float) -> None:
+    if not norm.isfinite():
+        _get_total_norm(tensors, norm_type, error_if_nonfinite=True)  # torch's error
+
+
+@functools.wraps(_get_total_norm)
+def get_total_norm(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=None):
+    with torch.no_grad():
+        tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+        norm_type = float(norm_type)
+        if not tensors:
+            return _get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
+        norm, exact = total_norm(tensors, norm_type)
+        if error_if_nonfinite:
+            _check_finite(norm, tensors, norm_type)
+        return norm
+
+
+def _scale(grads: list[Tensor], max_norm: float, norm: Tensor) -> bool:
+    """Whether ours did it."""
+    if backend.native is None or is_compiling() or norm.device.type != "cpu" or not isinstance(max_norm, (int, float)):
+        return False
+    # torch's own arithmetic, to the NaN that stays and the limit of 1.
+    coef = torch.clamp(max_norm / (norm + 1e-6), max=1.0).item()
+    return backend.native.scale_(grads, coef)
+
+
+@functools.wraps(_clip_grads_with_norm_)
+def clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=None):
+    with torch.no_grad():
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        plain = type(total_norm) is Tensor and total_norm.dim() == 0
+        if not plain or not _scale(grads, float(max_norm), total_norm):
+            if grads:
+                backend.torch_serves("clip_grads_with_norm_")
+            _clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+
+
+@functools.wraps(_torch.clip_grad_norm_)
+def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=False, foreach=None):
+    with torch.no_grad():
+        if isinstance(parameters, Tensor):
+            parameters = [parameters]
+        else:
+            is_generator = isinstance(parameters, types.GeneratorType)
+            parameters = list(parameters)
+            if is_generator and not parameters:
+                return _torch.clip_grad_norm_((p for p in ()), max_norm, norm_type, error_if_nonfinite, foreach)
+        grads = [p.grad for p in parameters if p.grad is not None]
+        exact = None
+        if grads and backend.native is not None and not is_compiling():
+            exact = backend.native.total_norm(grads, float(norm_type))
+        if exact is None:
+            if grads:
+                backend.torch_serves("clip_grad_norm_")
+            return _torch.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
+        norm = exact.to(functools.reduce(torch.promote_types, {g.dtype for g in grads}))
+        if error_if_nonfinite:
+            _check_finite(norm, grads, float(norm_type))
+        _scale(grads, float(max_norm), exact)
+        return norm

@@ -1,0 +1,129 @@
+"""What our optimizers share: a step that is one native call, and torch's own code for what the kernels do not cover."""
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+from torch.optim.optimizer import Optimizer, _use_grad_for_differentiable
+
+from nnfast import backend, portable
+
+# torch 2.11's name for it, and the newer one.
+_health_check = getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
+_health_check = _health_check or Optimizer._cuda_graph_capture_health_check
+
+#: Where the native calls are: the extension, or Triton's kernels without it.
+module = backend.native or portable
+
+
+class NativeStep:
+    """Goes before torch's class in the bases of ours. That has:
+
+    ``_op``, the native call's name; ``_torch``, torch's function of the same; and ``_call(group)``, which gives that
+    function's lists and options, making missing state and raising what torch raises.
+    """
+
+    _op: str
+    _checks_capture = True
+    # What AdamW and Adam offer beyond torch's.
+    max_grad_norm: float | None = None
+    master_weights = False
+    stochastic_rounding = False
+    grad_norm: Tensor | None = None
+
+    @_use_grad_for_differentiable
+    def step(self, closure=None):
+        """Perform a single optimization step.
+
+        Args:
+            closure (Callable, optional): reevaluates the model and returns the loss.
+        """
+        if self._checks_capture:
+            _health_check(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        coef = None if self.max_grad_norm is None else self._clip_coef()
+        if is_compiling() or self._native_step(coef) is not True:
+            self._first_or_torch_step(coef)
+        return loss
+
+    def _native_step(self, coef: Tensor | None, skipped: set[Tensor] | None = None) -> bool | list[list[Tensor]]:
+        """True where all but the skipped ones are done. Else nothing is: False where nothing is ours (a shut gate), or
+        the parameters that are torch's (state is missing, ...), group by group."""
+        scale, inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        seed = self._seed if self.stochastic_rounding else None
+        call = getattr(module, self._op, None)
+        if call is None:
+            return False
+        return call(self.param_groups, self.state, scale, inf, coef, self.master_weights, seed, skipped)
+
+    def _first_or_torch_step(self, coef: Tensor | None) -> None:
+        # torch's own _init_group makes the state, and raises for what it refuses: for every group, before any
+        # parameter has changed.
+        calls = [self._call(group) for group in self.param_groups]
+        if is_compiling():
+            for group, (lists, options) in zip(self.param_groups, calls, strict=True):
+                self._torch_step(group, lists, options, coef)
+            return
+        left = self._native_step(coef)
+        if left is True:
+            return
+        for i, (lists, options) in enumerate(calls):
+            theirs = range(len(lists[0]))
+            if left:
+                ids = {id(p) for p in left[i]}
+                theirs = [k for k, p in enumerate(lists[0]) if id(p) in ids]
+            calls[i] = [[kind[k] for k in theirs] if kind else kind for kind in lists], options
+            if _misshapen(calls[i][0]):
+                self._torch(*([_clone(t) for t in kind] for kind in calls[i][0]), **options)  # torch's error
+        backend.torch_serves(f"{type(self).__name__}.step")
+        # First torch's, which can fail on the way.
+        for group, (lists, options) in zip(self.param_groups, calls, strict=True):
+            if lists[0]:
+                self._torch_step(group, lists, options, coef)
+        if left:
+            self._native_step(coef, {p for group in left for p in group})
+
+    def _torch_step(self, group: dict, lists: list[list], options: dict, coef: Tensor | None) -> None:
+        """torch's own code, its fused kernel excepted where that is wrong: it takes every tensor's memory for dense and
+        in one order."""
+        params, grads = lists[:2]
+        on_cpu = all(p.device.type == "cpu" for p in params)
+        kept = self.master_weights or self.stochastic_rounding
+        kept = kept and any(p.dtype is torch.bfloat16 for p in params)
+        if kept or coef is not None or (options.get("fused") and on_cpu and self._fused_is_wrong(lists)):
+            scale, inf = options.get("grad_scale"), options.get("found_inf")
+            if inf is not None and inf.item():
+                return
+            if scale is not None:
+                for g in grads:
+                    g.div_(scale)
+                options = {**options, "grad_scale": None, "found_inf": None}
+            if "fused" in options:
+                options = {**options, "fused": False, "foreach": False}
+            if coef is not None:
+                lists = [params, [g * coef.to(g.device, g.dtype) for g in grads], *lists[2:]]
+        if kept:
+            self._step_in_float(lists, options)
+        else:
+            self._torch(*lists, **options)
+
+    def _fused_is_wrong(self, lists: list[list]) -> bool:
+        return not all(
+            torch.ops.aten.is_non_overlapping_and_dense(p)
+            and all(t is None or t.stride() == p.stride() for t in tensors if t is None or t.dim())
+            for p, *tensors in zip(*(kind for kind in lists if kind), strict=True)
+            if p.dim() and p.numel()
+        )
+
+
+def _clone(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().clone()
+
+
+def _misshapen(lists) -> bool:
+    """Whether the state is of another model, which torch finds out in the middle of the update."""
+    params, _, *state = lists
+    pairs = ((p, t) for kind in state for p, t in zip(params, kind, strict=False))
+    return any(t is not None and t.shape != p.shape and t.dim() > 0 for p, t in pairs)
