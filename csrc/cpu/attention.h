@@ -578,7 +578,7 @@ struct BackwardSpace {
     for (float** t : {&scores, &grad_p}) *t = s.floats(block);
     bias = s.floats(2 * block);  // and room to read the mask
     p = scores, grad_scores = grad_scores_across = grad_p;
-    if (f.dtype == DType::bf16)
+    if (kPaired<bf16> && f.dtype == DType::bf16)
       for (float** t : {&p, &grad_scores, &grad_scores_across}) *t = s.floats(block / 2);
     for (float** t : {&maximum, &inverse, &delta}) *t = s.floats(kBlock);
   }
