@@ -114,9 +114,10 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """Make every module of ``model`` that nnfast has a kernel for use it, in place.
 
     Modules of torch's classes LayerNorm, Linear, GELU, CrossEntropyLoss and TransformerEncoderLayer become ours, and so
-    do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else: parameters, hooks, names and
-    ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m, torch.nn.LayerNorm)`` holds as
-    before. Only this model is touched, a second call changes nothing, and :func:`restore` undoes it.
+    do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else: parameters,
+    hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m,
+    torch.nn.LayerNorm)`` holds as before. Only this model is touched, a second call changes nothing, and
+    :func:`restore` undoes it.
 
     A Linear learns from its first call whether a GELU reads its output, and from then on computes the GELU with it.
     :func:`report` says what was done and what was learned.

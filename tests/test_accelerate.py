@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.nn as tnn
 import torch.nn.functional as TF
+from common import served
 from torch.utils.checkpoint import checkpoint
 
 import nnfast
 import nnfast.nn as nn
-from common import served
 from nnfast.backend import native
 
 # Code as in a user's file that has never heard of us.
@@ -67,6 +67,7 @@ def test_in_place_reversible_idempotent():
     assert kinds(nnfast.restore(model)) == before
 
 
+@pytest.mark.torch_serves
 def test_no_class_is_touched():
     classes = (torch.nn.LayerNorm, torch.nn.Linear, MLP, LayerNorm, Own)
     before = [dict(vars(c)) for c in classes]
@@ -106,6 +107,7 @@ def test_hooks_of_a_swapped_module_fire():
     assert fired == [1]
 
 
+@pytest.mark.torch_serves
 def test_weight_decay_grouping_finds_the_same_parameters():
     def norms(model):
         return [id(p) for m in model.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()]
@@ -127,6 +129,7 @@ def test_report(cpu_kernels):
     assert [name for name, _ in report.left] == ["4", "5"]
 
 
+@pytest.mark.torch_serves
 def test_report_names_the_calls_it_would_serve(tmp_path, monkeypatch):
     """With file and line, however they are spelled; nothing is run, and nothing is changed."""
     source = """import torch
@@ -640,6 +643,7 @@ class M(torch.nn.Module):
     torch.testing.assert_close(model(x), plain(x))
 
 
+@pytest.mark.torch_serves
 def test_accelerate_patches_nothing_of_the_process():
     """X1: neither `Module.__call__` nor a class, at no time: another thread sees them as they are."""
     call, seen, stop = torch.nn.Module.__call__, [], threading.Event()
@@ -764,6 +768,7 @@ def test_gelus_of_transformers(name, cpu_kernels):
     assert kinds(nnfast.restore(model)) == kinds(plain)
 
 
+@pytest.mark.torch_serves
 def test_a_gelu_is_what_it_computes_not_its_name(monkeypatch):
     """A library's class that has come to compute something else is left alone."""
     activations = pytest.importorskip("transformers.activations")

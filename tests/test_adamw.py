@@ -181,6 +181,7 @@ torch.testing.assert_close(ours, torchs)
 
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory as Linux counts it")
+@pytest.mark.torch_serves
 def test_an_allocation_that_fails_changes_nothing():
     """A11: the second group's gradient is to be reordered, and there is no memory for it; then there is."""
     done = subprocess.run([sys.executable, "-c", FAILING_STEP], capture_output=True, text=True)
@@ -707,10 +708,12 @@ def master_of(optimizer, p):
 
 @pytest.mark.usefixtures("some_kernels")
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_master_weights(backend):
+def test_master_weights(backend, request):
     """A bfloat16 parameter with its master is the float32 one, to the bit, and what is seen of it is its rounding."""
     from nnfast.backend import use_backend
 
+    if backend == "torch":
+        request.applymarker("torch_serves")
     sizes = [(1,), (7,), (16,), (33,), (130,), (40, 30)]
     for options in ({}, {"amsgrad": True, "lr": 1e-4, "maximize": True}):
         params, grads = sample_inputs(torch.bfloat16, sizes, steps=20)

@@ -34,12 +34,14 @@ def twin(params):
 @pytest.mark.parametrize("norm_type", [2, 2.0, "inf", float("inf"), 1.0, 3.0, 0.0])
 @pytest.mark.parametrize("max_norm", [1.0, 1e6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values(dtype, max_norm, norm_type):
+def test_values(dtype, max_norm, norm_type, request):
     sizes = SIZES if norm_type not in ("inf", float("inf")) else SIZES[1:]
     params = leaves(dtype, sizes)
     others, before = twin(params), [p.grad.clone() for p in params]
     versions = [p.grad._version for p in params]
     ours = norm_type in (2, "inf", float("inf"))
+    if not ours:
+        request.applymarker("torch_serves")
     with served("total_norm") if ours else served():
         norm = utils.clip_grad_norm_(params, max_norm, norm_type)
     torchs = torchs_clip(others, max_norm, norm_type)
@@ -106,7 +108,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", [{}, {"foreach": True}, {"foreach": False}], ids=str)
-def test_layouts(layout, call):
+def test_layouts(layout, call, request):
+    if layout in ("gaps", "expanded", "sparse", "complex"):
+        request.applymarker("torch_serves")
     results = []
     for clip in (utils.clip_grad_norm_, torchs_clip):
         torch.manual_seed(2)
@@ -172,6 +176,7 @@ def test_large_and_small():
         assert abs(utils.get_total_norm([p.grad]).double() / (10 * size) - 1) < 1e-6
 
 
+@pytest.mark.torch_serves
 def test_names():
     """Everything of torch.nn.utils, and the same signatures."""
     assert nn.utils is utils and {*dir(torch.nn.utils)} <= {*dir(utils)}

@@ -147,6 +147,7 @@ def test_no_features(features, out):
     assert all(t.grad.shape == t.shape for t in args)
 
 
+@pytest.mark.torch_serves
 def test_errors_are_torchs():
     """N1: type and text."""
     x, w, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)

@@ -118,6 +118,7 @@ def test_torchs_database(name, dtype):
 
 
 @each
+@pytest.mark.torch_serves
 def test_torchs_database_of_errors(name):
     """A1, A11."""
     for error in INFO[name].optim_error_inputs_func("cpu", torch.float32):
@@ -226,6 +227,7 @@ def test_grad_scaler_beside_what_is_torchs(fused):
 
 
 @each
+@pytest.mark.torch_serves
 def test_sparse_gradients(name):
     """A7: torch's result for SGD, and torch's error for the others, before anything changes."""
     results = []

@@ -144,11 +144,13 @@ CALLS = {
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("name", CALLS)
 def test_peak_memory(name):
-    """A9: no more than torch's, but for the threads' sums over rows: three levels for a weight and a bias each."""
+    """A9: no more than torch's, but for the threads' sums over rows (three levels for a weight and a bias each), and for
+    the copy of a part of an operand that oneDNN takes for a float32 product."""
     torch.use_deterministic_algorithms(False)  # which would fill outputs, and so take them from torch
     ours, torchs = (peak(CALLS[name](lib)) for lib in (nn, torch.nn))
     sums = 0 if name == "adamw" else 2 * torch.get_num_threads() * 3 * 1024 * 4
-    assert ours <= torchs + sums, f"{ours / 2**20:.2f} MiB, torch {torchs / 2**20:.2f} MiB"
+    copies = 2 * 256 * 1024 if name == "mlp" else 0
+    assert ours <= torchs + sums + copies, f"{ours / 2**20:.2f} MiB, torch {torchs / 2**20:.2f} MiB"
     assert torchs > 0 or name == "adamw"
 
 

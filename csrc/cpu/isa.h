@@ -34,9 +34,25 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 
 namespace nnfast::NNFAST_ISA {
 extern const Kernels kernels = {
-    NNFAST_NAME, sizeof(f32v) == 64, layer_norm_fwd, layer_norm_bwd, gelu_fwd, gelu_bwd, cross_entropy_fwd,
-    cross_entropy_bwd, sum_rows, move_sums, sum_parts, adamw, sgd, rmsprop, sum_of_squares, largest, scale,
-    attention, attention_scratch,
+    NNFAST_NAME,
+    sizeof(f32v) == 64,
+    layer_norm_fwd,
+    layer_norm_bwd,
+    gelu_fwd,
+    gelu_bwd,
+    cross_entropy_fwd,
+    cross_entropy_bwd,
+    sum_rows,
+    move_sums,
+    sum_parts,
+    adamw,
+    sgd,
+    rmsprop,
+    sum_of_squares,
+    largest,
+    scale,
+    attention,
+    attention_scratch,
 };
 }  // namespace nnfast::NNFAST_ISA
 

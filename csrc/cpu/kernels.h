@@ -147,8 +147,7 @@ struct Kernels {
   void (*cross_entropy)(const CrossEntropyForward&, int64_t begin, int64_t end);
   void (*cross_entropy_backward)(const CrossEntropyBackward&, int64_t begin, int64_t end);
   // sums[i] += the sum over the rows of rows[r][i]; they lie `stride` elements apart.
-  void (*sum_rows)(
-      DType dtype, const void* rows, int64_t stride, int64_t size, void* sums, int64_t begin, int64_t end);
+  void (*sum_rows)(DType dtype, const void* rows, int64_t stride, int64_t size, void* sums, int64_t begin, int64_t end);
   // to[i] += from[i]; from[i] = 0.
   void (*move_sums)(DType dtype, void* to, void* from, int64_t size);
   // out[i] = the sum of parts[k][i] over k < count, in that order; parts lie `size` apart, in the accumulation type.

@@ -5,7 +5,8 @@
 // always returns, recorded as always, and the GELU waits at the node of its graph. A call of gelu on that same,
 // unchanged tensor finds it there, and is recorded as always. In the backward the same goes the other way: the GELU's
 // node has every row of the gradient at hand when it makes it, sums them for the bias, and leaves the sums at the
-// Linear's node, which uses them if that same, unchanged gradient arrives. Whatever nobody asks for costs time, no digit.
+// Linear's node, which uses them if that same, unchanged gradient arrives. Whatever nobody asks for costs time, no
+// digit.
 #pragma once
 
 #include <atomic>
@@ -18,7 +19,8 @@
 
 namespace nnfast {
 
-// Which GELU reads the output of a Linear, as its calls have shown. One belongs to each module; it is only ever a guess.
+// Which GELU reads the output of a Linear, as its calls have shown. One belongs to each module; it is only ever a
+// guess.
 class Follower {
  public:
   enum Gelu : int { none_known, erf, tanh };
@@ -80,8 +82,8 @@ class LinearNode : public OpNode<Linear> {
     const std::lock_guard<std::mutex> lock(left_mutex_);
     const Ahead found = std::exchange(ahead_, {});
     const bool same = found.output.defined() && found.gelu == gelu && found.data == pre.const_data_ptr() &&
-                      found.version == pre._version() && pre.sizes() == found.output.sizes() &&
-                      pre.is_contiguous() && found.samples == samples(pre);
+                      found.version == pre._version() && pre.sizes() == found.output.sizes() && pre.is_contiguous() &&
+                      found.samples == samples(pre);
     if (same && follower_) follower_->was_right();
     return same ? found.output : Tensor();
   }
@@ -138,8 +140,7 @@ class LinearNode : public OpNode<Linear> {
 };
 
 // Records `output` as input weight^T + bias.
-void record_linear(
-    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias);
+void record_linear(const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias);
 
 // input weight^T + bias, and the GELU with it that `follower` guesses, where anything is recorded.
 Tensor linear_followed(

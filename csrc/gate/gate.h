@@ -42,9 +42,18 @@ enum Op {
   kTotalNorm,
   kAttention
 };
-constexpr std::array kOps = {"layer_norm",           "gelu",   "linear", "linear_gelu", "cross_entropy",
-                             "linear_cross_entropy", "adamw_", "sgd_",   "rmsprop_",    "total_norm",
-                             "scaled_dot_product_attention"};
+constexpr std::array kOps = {
+    "layer_norm",
+    "gelu",
+    "linear",
+    "linear_gelu",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "adamw_",
+    "sgd_",
+    "rmsprop_",
+    "total_norm",
+    "scaled_dot_product_attention"};
 
 // Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
 // Python registers and then says so.

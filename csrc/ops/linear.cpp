@@ -175,8 +175,8 @@ void record_linear(const Tensor& output, const Tensor& input, const Tensor& weig
 Tensor linear_followed(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, const std::shared_ptr<Follower>& follower) {
   const auto device = input.device().type();
-  const auto gelu = follower && input.is_cpu() && any_needs_grad(input, weight, bias) ? follower->guess()
-                                                                                       : Follower::none_known;
+  const auto gelu =
+      follower && input.is_cpu() && any_needs_grad(input, weight, bias) ? follower->guess() : Follower::none_known;
   if (gelu == Follower::none_known) {
     Tensor output = nnfast::linear(input, weight, bias);
     auto* const node = follower ? linear_of(output) : nullptr;

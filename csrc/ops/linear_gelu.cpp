@@ -58,8 +58,8 @@ void check_gelu_backward(const Tensor& grad_output, const Tensor& self) {
       grad_output.sym_sizes() == self.sym_sizes() && grad_output.scalar_type() == self.scalar_type() &&
           grad_output.device() == self.device(),
       "gelu_backward: expected grad_output to be of self's shape, dtype and device, ", self.sym_sizes(), ", ",
-      self.scalar_type(), " and ", self.device(), ", but got ", grad_output.sym_sizes(), ", ", grad_output.scalar_type(),
-      " and ", grad_output.device());
+      self.scalar_type(), " and ", self.device(), ", but got ", grad_output.sym_sizes(), ", ",
+      grad_output.scalar_type(), " and ", grad_output.device());
 }
 
 bool covers_linear_gelu(
@@ -90,8 +90,7 @@ Tensor gelu_backward_meta(const Tensor& grad_output, const Tensor& self, c10::st
 
 std::tuple<Tensor, Tensor> gelu_backward_sum_meta(const Tensor& grad_output, const Tensor& self, c10::string_view) {
   check_gelu_backward(grad_output, self);
-  return {
-      at::empty_symint(self.sym_sizes(), self.options()), at::empty_symint({self.sym_size(-1)}, self.options())};
+  return {at::empty_symint(self.sym_sizes(), self.options()), at::empty_symint({self.sym_size(-1)}, self.options())};
 }
 
 std::tuple<Tensor, Tensor> linear_gelu_meta(
@@ -125,8 +124,8 @@ struct Gelu {
   // The Linear that the gradient goes to, where it wants its sums and nobody stands between.
   static LinearNode* linear_before() {
     auto* const node = running_node<OpNode<Gelu>>();
-    auto* const linear = node && node->post_hooks().empty() ? dynamic_cast<LinearNode*>(node->next_edge(0).function.get())
-                                                            : nullptr;
+    auto* const linear =
+        node && node->post_hooks().empty() ? dynamic_cast<LinearNode*>(node->next_edge(0).function.get()) : nullptr;
     return linear && linear->wants_sums() ? linear : nullptr;
   }
 };
