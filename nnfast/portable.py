@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nnfast import backend
-from nnfast._torch import plain_eager
+from nnfast._torch import disable_autocast, plain_eager
 from nnfast.kernels import launcher
 
 _DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -84,7 +84,7 @@ class _LinearGelu(torch.autograd.Function):
         mask = list(ctx.needs_input_grad[:3])
         if not torch.is_grad_enabled():
             grad_pre, grad_bias = _gelu_backward_sum(grad, pre, approximate=ctx.approximate)
-            with torch._C._DisableAutocast():  # what comes here has the dtype it shall have
+            with disable_autocast():  # what comes here has the dtype it shall have
                 rows = grad_pre.reshape(-1, len(weight))
                 grad_input = grad_pre @ weight if mask[0] else None
                 grad_weight = rows.t() @ input.reshape(-1, weight.shape[1]) if mask[1] else None

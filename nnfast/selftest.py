@@ -67,8 +67,8 @@ def _same(ours: Callable, torchs: Callable, *tensors: torch.Tensor) -> None:
         for function in (ours, torchs):
             leaves = [t.to(dtype).requires_grad_() for t in tensors]
             output = function(*leaves)
-            output.backward(torch.linspace(1, -1, output.numel()).view(output.shape).to(dtype))
-            results.append([output.detach(), *(t.grad for t in leaves)])
+            grad = torch.linspace(1, -1, output.numel()).view(output.shape).to(dtype)
+            results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -107,17 +107,56 @@ def _cross_entropy() -> None:
     _same(lambda x: F.cross_entropy(x, target), lambda x: torchs(x, target), _numbers(7, 33))
 
 
-def _adamw() -> None:
-    from nnfast import optim
+def _linear() -> None:
+    from nnfast.nn import functional as F
+
+    _same(F.linear, torch.nn.functional.linear, _numbers(7, 33), _numbers(17, 33), _numbers(17))
+
+
+def _linear_cross_entropy() -> None:
+    from nnfast.nn import functional as F
+
+    target = torch.arange(7) * 2
+
+    def torchs(x, w):
+        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), target)
+
+    _same(lambda x, w: F.linear_cross_entropy(x, w, target), torchs, _numbers(7, 33), _numbers(17, 33))
+
+
+def _attention() -> None:
+    from nnfast.nn import functional as F
+
+    torchs = torch.nn.functional.scaled_dot_product_attention
+    _same(lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), lambda *qkv: torchs(*qkv, is_causal=True),
+          _numbers(1, 2, 7, 16), _numbers(1, 2, 7, 16), _numbers(1, 2, 7, 16))  # fmt: skip
+
+
+def _step(name: str, **options) -> Callable[[], None]:
+    def answer() -> None:
+        from nnfast import optim
+
+        results = []
+        for library in (optim, torch.optim):
+            parameter = torch.nn.Parameter(_numbers(7, 33))
+            optimizer = getattr(library, name)([parameter], lr=0.1, **options)
+            for step in range(3):
+                parameter.grad = _numbers(7, 33) * (step - 1.5)
+                optimizer.step()
+            results.append(parameter.detach())
+        torch.testing.assert_close(*results)
+
+    return answer
+
+
+def _clip() -> None:
+    from nnfast.nn import utils
 
     results = []
-    for kind in (optim.AdamW, torch.optim.AdamW):
+    for clip in (utils.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
         parameter = torch.nn.Parameter(_numbers(7, 33))
-        optimizer = kind([parameter], lr=0.1)
-        for step in range(3):
-            parameter.grad = _numbers(7, 33) * (step - 1.5)
-            optimizer.step()
-        results.append(parameter.detach())
+        parameter.grad = _numbers(7, 33)
+        results.append((clip([parameter], 1.0), parameter.grad))
     torch.testing.assert_close(*results)
 
 
@@ -125,9 +164,15 @@ def _adamw() -> None:
 ANSWERS: dict[str, Callable[[], None]] = {
     "layer_norm": _layer_norm,
     "gelu": _gelu,
+    "linear": _linear,
     "linear_gelu": _linear_gelu,
     "cross_entropy": _cross_entropy,
-    "adamw_": _adamw,
+    "linear_cross_entropy": _linear_cross_entropy,
+    "scaled_dot_product_attention": _attention,
+    "adamw_": _step("AdamW"),
+    "sgd_": _step("SGD", momentum=0.9),
+    "rmsprop_": _step("RMSprop"),
+    "total_norm": _clip,
 }
 
 

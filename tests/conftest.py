@@ -73,6 +73,7 @@ def pytest_pyfunc_call(pyfuncitem):
 def _deterministic():
     """The same numbers in every run, and NaN in all memory that is allocated and not written."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")  # some libraries lower it when they are imported
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
     yield

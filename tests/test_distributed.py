@@ -222,6 +222,7 @@ def failures(tmp_path_factory):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda f: f.__name__)
+@pytest.mark.served_in_children
 def test_two_ranks(scenario, failures):
     assert scenario.__name__ not in failures, failures[scenario.__name__]
     earlier = [f for f in SCENARIOS[: SCENARIOS.index(scenario)] if f.__name__ in failures]

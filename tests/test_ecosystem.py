@@ -283,6 +283,7 @@ def test_averaged_model():
     both(Block, train)
 
 
+@pytest.mark.torch_serves
 def test_compiled_training_compiles_once():
     """Dynamic shapes and a learning rate that changes at every step."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytestmark = pytest.mark.served_in_children
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ("csrc", "kernels", "benchmarks", "nnfast", "setup.py", "pyproject.toml", "MANIFEST.in")
 SOURCES += ("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")

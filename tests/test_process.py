@@ -144,8 +144,8 @@ CALLS = {
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("name", CALLS)
 def test_peak_memory(name):
-    """A9: no more than torch's, but for the threads' sums over rows (three levels for a weight and a bias each), and for
-    the copy of a part of an operand that oneDNN takes for a float32 product."""
+    """A9: no more than torch's, but for the threads' sums over rows (three levels for a weight and a bias each), and
+    for the copy of a part of an operand that oneDNN takes for a float32 product."""
     torch.use_deterministic_algorithms(False)  # which would fill outputs, and so take them from torch
     ours, torchs = (peak(CALLS[name](lib)) for lib in (nn, torch.nn))
     sums = 0 if name == "adamw" else 2 * torch.get_num_threads() * 3 * 1024 * 4
