@@ -153,14 +153,13 @@ $(TOOLS): pyproject.toml $(INSTALLED)
 	$(PIP) -c build/constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
-# The plain name is a torch for CUDA on Linux, several gigabytes.
+# The plain name is a torch for CUDA on Linux, several gigabytes: the build for a CPU goes first, where pip finds one.
 CPU := $(if $(filter Linux,$(shell uname)),+cpu)
 $(VENV)/bin/python:
 	@echo "Makes $(VENV) with torch $(TORCH) for the CPU; to keep a torch of yours, for CUDA say: make $(MAKECMDGOALS) PYTHON=/path/to/python"
 	python3 -m venv $(VENV)
 	$@ -m pip --disable-pip-version-check install --quiet torch==$(TORCH)$(CPU) 2> /dev/null \
-		|| $@ -m pip --disable-pip-version-check install --quiet torch==$(TORCH)$(CPU) \
-			--extra-index-url https://download.pytorch.org/whl/cpu
+		|| $@ -m pip --disable-pip-version-check install --quiet torch==$(TORCH)
 
 # Of torch, headers and libraries are needed and no Python: one download of each version serves every Python.
 WHEEL_TORCHES := $(TORCHES:%=build/torch-%/torch)

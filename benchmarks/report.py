@@ -244,6 +244,31 @@ def step_table(rows: list[dict]) -> str:
     ])  # fmt: skip
 
 
+def newest_whole_steps(folder: Path) -> list[dict]:
+    """The newest row of each model, dtype and library that steps.py measured."""
+    newest = {}
+    for run in reversed(load(folder / "steps.csv")):
+        newest |= {(row["model"], row["dtype"], row["library"]): row for row in run}
+    return [newest[key] for key in sorted(newest)]
+
+
+def ranged(row: dict, word: str) -> str:
+    """1.93x (1.90-1.97), the range over the rounds where there were several."""
+    if not row[word]:
+        return ""
+    value, low, high = (number(row[f"{word}{end}"]) for end in ("", "_low", "_high"))
+    return f"{value:.2f}x" + (f" ({low:.2f}-{high:.2f})" if low != high else "")
+
+
+def whole_steps_table(rows: list[dict]) -> str:
+    header = ["model", "dtype", "library", "ms a step", "over torch", "over torch compiled", "of the floor", "peak"]
+    return markdown(header, [
+        [r["model"], r["dtype"], r["library"], f"{number(r['ms']):.0f}", ranged(r, "speedup"), ranged(r, "over_compiled"),
+         f"{number(r['floor_ms']) / number(r['ms']):.0%}", f"{number(r['peak_bytes']) / 1e6:.0f} MB"]
+        for r in rows if r["ms"]
+    ])  # fmt: skip
+
+
 SUMMARY = ["op", "dtype", "", "middle", "least", "most", "cells where a peer is faster"]
 
 
@@ -279,6 +304,13 @@ def page(folder: Path) -> tuple[str, str]:
             "torch's: the middle and the most over the shapes above, and the two shapes at the ends. An error below "
             f"one rounding of the dtype counts as one.\n\n{error_table(rows)}\n"
         )
+    if whole := newest_whole_steps(folder):
+        rounds = ", ".join(sorted({r["rounds"] for r in whole}))
+        said = (
+            f"`make bench`: each library in a process of its own, in turn, {rounds} rounds, commit {whole[0]['commit']}. "
+            "The floor is the step's products alone at the speed of the best large product here."
+        )
+        sections.insert(0, f"## Whole training steps\n\n{said}\n\n{whole_steps_table(whole)}\n")
     text = (
         f"# {machine}\n\nWritten by `python benchmarks/report.py` from the CSV files beside it. A number is how many "
         "times as fast as the best peer in the same run, the median of laps in which the providers take turns, with "
@@ -289,6 +321,8 @@ def page(folder: Path) -> tuple[str, str]:
     overview = markdown(SUMMARY, lines)
     if steps:
         overview = f"{step_table(steps)}\n\n{overview}"
+    if whole:
+        overview = f"{whole_steps_table(whole)}\n\n{overview}"
     where = f"benchmarks/results/{folder.name}"
     pictures = "\n".join(f"![{path.stem}]({where}/{path.name})" for path in sorted(folder.glob("*.png")))
     return machine, f"**{machine}** ([every cell]({where}/README.md))\n\n{overview}\n\n{pictures}"

@@ -34,7 +34,7 @@ c10::Allocator& torchs() {
   return *before;
 }
 
-// Ours from now on, for ForTorch and for where torch's has no more.
+// Ours from now on, for where torch's has no more.
 void go_before_torchs();
 
 // torch's own error, where this allocation is to fail: more is asked for than there can be.
@@ -271,13 +271,10 @@ c10::DataPtr torchs_or_kept(size_t bytes) { return torchs().allocate(bytes); }
 
 #endif
 
-thread_local size_t awaited = 0;
-
 // What torch allocates by from go_before_torchs() on.
 class BeforeTorchs final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
-    if (bytes && bytes == awaited) return awaited = 0, allocator().allocate(bytes);
     fail_if_due();
     return torchs_or_kept(bytes);
   }
@@ -295,12 +292,6 @@ void go_before_torchs() {
 }
 
 }  // namespace
-
-ForTorch::ForTorch(size_t bytes) {
-  go_before_torchs();
-  before_ = std::exchange(awaited, bytes);
-}
-ForTorch::~ForTorch() { awaited = before_; }
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   // Where torch is told to fill new memory, so that a read of it shows.

@@ -75,7 +75,6 @@ Tensor one_dnn_matmul(const Tensor& a, const Tensor& b) {
 Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   // What comes here has the dtype it shall have, also where a backward runs inside autocast.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const ForTorch memory(input.size(0) * weight.size(0) * input.element_size());
   if (!one_dnn_serves(input, weight)) return by_torch.taken(), at::linear(input, weight, bias);
   by_one_dnn.taken();
   if (!defined(bias) && at::native::mkldnn_matmul) return one_dnn_matmul(input, weight.t());
@@ -89,7 +88,6 @@ Tensor product_tn(const Tensor& a, const Tensor& b) {
   if (at::native::mkldnn_matmul && one_dnn_serves(a.t(), b.t())) return by_one_dnn.taken(), one_dnn_matmul(a.t(), b);
   const bool turn = a.size(1) > b.size(1) && a.size(0) >= many_rows && one_dnn_serves(b.t(), a.t());
   if (turn) turned.taken();
-  const ForTorch memory(a.size(1) * b.size(1) * a.element_size());
   return turn ? product(b.t(), a.t()).t().contiguous() : product(a.t(), b.t());
 }
 
