@@ -91,5 +91,8 @@ has_kernel: Callable[[str, str], bool] = _found(
 #: Tells TorchScript which builtin a function is. Gone: scripts take the function for Python's.
 register_builtin: Callable = _found("torch.jit._builtins", "_register_builtin", _nothing)
 
+#: The base of torch's losses with weights. Gone: that of all modules.
+WeightedLoss: type = _found("torch.nn.modules.loss", "_WeightedLoss", torch.nn.Module)
+
 #: A context without autocast. Gone: without that of CUDA, which is where it is asked for.
 disable_autocast: Callable = _found("torch._C", "_DisableAutocast", lambda: torch.autocast("cuda", enabled=False))

@@ -106,7 +106,10 @@ def test_extreme_logits(dtype):
             x = rows[first:].clone().requires_grad_()
             keywords = {"label_smoothing": smoothing, "reduction": reduction}
             ours, torchs = (run(f, x, target[first:], keywords) for f in (F.cross_entropy, TF.cross_entropy))
-            torch.testing.assert_close(ours, torchs, equal_nan=True)
+            # torch adds a smoothed target up, class by class.
+            unit = torch.finfo(dtype).eps
+            tolerance = {"rtol": 16 * unit, "atol": 5000 * unit * max(smoothing, 0.02)}
+            torch.testing.assert_close(ours, torchs, **tolerance, equal_nan=True)
 
 
 @pytest.mark.usefixtures("cpu_kernels")

@@ -291,6 +291,7 @@ def test_compiled_training_compiles_once():
     counts = []
 
     def train(model, adamw):
+        torch._dynamo.reset()  # what was compiled for one model is tried for the other
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=counter)
         optimizer = adamw(model.parameters(), lr=1e-3)

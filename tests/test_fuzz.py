@@ -77,6 +77,7 @@ ELSEWHERE += (
     "step.without_gil",
     "product.turned",
 )
+ELSEWHERE += ("product.one_dnn", "product.into_memory")
 
 # How many cases took each op and internal path.
 cases = collections.Counter()

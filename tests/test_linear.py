@@ -139,6 +139,7 @@ def test_empty(dtype):
 
 
 @pytest.mark.parametrize("features, out", [(0, 3), (5, 0), (0, 0)])
+@pytest.mark.torch_serves
 def test_no_features(features, out):
     args = [torch.ones(s, requires_grad=True) for s in ((2, features), (out, features), (out,))]
     ours, torchs = F.linear(*args), TF.linear(*args)

@@ -139,7 +139,7 @@ def test_layouts_in_one_dnn(features):
         leaves = [t.detach().requires_grad_() for t in (x, w, b[0])]
         with thresholds(product__one_dnn_multiply_adds=0, product__one_dnn_float32=1, product__turn_rows=0):
             what = str([t.stride() for t in (*leaves, grad_out)])
-            if not w.is_contiguous() and native.cpu_kernels() != "avx512":
+            if native.cpu_kernels() == "avx2":  # where oneDNN serves what lies by rows alone
                 compare((*leaves, "none"), grad_out, what)
                 continue
             with served("product.one_dnn"):

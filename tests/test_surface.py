@@ -41,7 +41,8 @@ def test_every_public_name(module):
 def test_ours_are_subclasses():
     for name in OURS["nn"] - {"functional", "utils", "LinearGELU"}:
         assert issubclass(getattr(nn, name), getattr(torch.nn, name))
-    assert issubclass(nn.LinearGELU, torch.nn.Linear) and issubclass(optim.AdamW, torch.optim.AdamW)
+    assert not issubclass(nn.LinearGELU, torch.nn.Linear), "what converts Linears would drop the GELU"
+    assert issubclass(optim.AdamW, torch.optim.AdamW)
 
 
 def test_submodules_are_import_targets():
@@ -65,6 +66,7 @@ def test_submodules_are_import_targets():
         importlib.import_module("nnfast.nn.no_such_module")
 
 
+@pytest.mark.torch_serves
 def test_import_is_quiet():
     """Importing initialises no GPU and compiles nothing, and leaves torch's classes alone."""
     code = (

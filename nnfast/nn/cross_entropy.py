@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nnfast import functional as F
+from nnfast._torch import WeightedLoss
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -24,7 +25,7 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
         )
 
 
-class _TorchsLinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+class _TorchsLinearCrossEntropyLoss(WeightedLoss):
     """torch's LinearCrossEntropyLoss, for a torch that has none: the same arguments, and keys ``linear.*``."""
 
     __constants__ = ["num_classes", "out_features", "reduction", "ignore_index", "label_smoothing"]
