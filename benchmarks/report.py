@@ -263,7 +263,8 @@ def ranged(row: dict, word: str) -> str:
 def whole_steps_table(rows: list[dict]) -> str:
     header = ["model", "dtype", "library", "ms a step", "over torch", "over torch compiled", "of the floor", "peak"]
     return markdown(header, [
-        [r["model"], r["dtype"], r["library"], f"{number(r['ms']):.0f}", ranged(r, "speedup"), ranged(r, "over_compiled"),
+        [r["model"], r["dtype"], r["library"], f"{number(r['ms']):.0f}",
+         ranged(r, "speedup"), ranged(r, "over_compiled"),
          f"{number(r['floor_ms']) / number(r['ms']):.0%}", f"{number(r['peak_bytes']) / 1e6:.0f} MB"]
         for r in rows if r["ms"]
     ])  # fmt: skip
@@ -307,7 +308,8 @@ def page(folder: Path) -> tuple[str, str]:
     if whole := newest_whole_steps(folder):
         rounds = ", ".join(sorted({r["rounds"] for r in whole}))
         said = (
-            f"`make bench`: each library in a process of its own, in turn, {rounds} rounds, commit {whole[0]['commit']}. "
+            f"`make bench`: each library in a process of its own, in turn, rounds: {rounds}, "
+            f"commit {whole[0]['commit']}. "
             "The floor is the step's products alone at the speed of the best large product here."
         )
         sections.insert(0, f"## Whole training steps\n\n{said}\n\n{whole_steps_table(whole)}\n")
