@@ -7,7 +7,7 @@
 #define TORCH_LIBRARY_FRAGMENT(ns, m) [[maybe_unused]] static void C10_ANONYMOUS_VARIABLE(unused)(torch::Library & m)
 #define TORCH_LIBRARY_IMPL(ns, key, m) TORCH_LIBRARY_FRAGMENT(ns, m)
 
-#include "ops/optimizer.cpp"
 #include "ops/adamw.cpp"
 #include "ops/layer_norm.cpp"
 #include "ops/linear_gelu.cpp"
+#include "ops/optimizer.cpp"
