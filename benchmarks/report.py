@@ -321,8 +321,6 @@ def page(folder: Path) -> tuple[str, str]:
     )
     (folder / "README.md").write_text(text + "\n".join(sections))
     overview = markdown(SUMMARY, lines)
-    if steps:
-        overview = f"{step_table(steps)}\n\n{overview}"
     if whole:
         overview = f"{whole_steps_table(whole)}\n\n{overview}"
     where = f"benchmarks/results/{folder.name}"
