@@ -5,6 +5,7 @@ is run, read or rewritten, and the user's code calls its children as it always d
 """
 
 import dis
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -107,6 +108,17 @@ def _is_gelu(module: torch.nn.Module, approximate: str) -> bool:
     return bool((y - reference.gelu(x, approximate)).abs().le(1e-10 * x.abs()).all())
 
 
+def _transformers():
+    """What serves the attention of transformers' modules; None where nobody has imported any."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    try:
+        from nnfast import sdpa
+    except ImportError:  # a version of it that has no registry
+        return None
+    return sdpa
+
+
 # ---- accelerate and restore ----
 
 
@@ -116,7 +128,8 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     Modules of torch's classes LayerNorm, Linear, GELU, CrossEntropyLoss and TransformerEncoderLayer become ours, and so
     do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else: parameters,
     hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m,
-    torch.nn.LayerNorm)`` holds as before. Only this model is touched, a second call changes nothing, and
+    torch.nn.LayerNorm)`` holds as before. A module of transformers whose attention is ``sdpa`` finds ours by that
+    name; its ``config`` says so to nobody else. Only this model is touched, a second call changes nothing, and
     :func:`restore` undoes it.
 
     A Linear learns from its first call whether a GELU reads its output, and from then on computes the GELU with it.
@@ -125,11 +138,14 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     Returns:
         The same model.
     """
+    library = _transformers()
     for module in model.modules():
         ours = _find(module)
         if ours is not None:
             module.__dict__[_WAS] = type(module)
             module.__class__ = ours
+        if library and library.takes(module):
+            library.take(module)
     return model
 
 
@@ -138,7 +154,10 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
 
     Modules made as ours stay ours, and a class that somebody made of ours since (a parametrization, FSDP) stays theirs.
     """
+    library = _transformers()
     for module in model.modules():
+        if library:
+            library.give_back(module)
         was = module.__dict__.get(_WAS)
         if was is not None and type(module) is _class_for(was):
             del module.__dict__[_WAS]
@@ -199,7 +218,9 @@ def report(model: torch.nn.Module) -> Report:
 
 
 def _served(module: torch.nn.Module) -> str:
-    kind, gelu = type(module), F.learned(module)
+    kind, gelu, library = type(module), F.learned(module), _transformers()
+    if library and library.has(module):
+        return "scaled_dot_product_attention"
     if isinstance(module, (*_OURS.values(), nn.LinearGELU)) or kind is _class_for(module.__dict__.get(_WAS, object)):
         return module._get_name() + (f", and the GELU that reads it, approximate={gelu!r}" if gelu else "")
     return ""
@@ -214,7 +235,8 @@ def _left(module: torch.nn.Module) -> Iterator[str]:
         elif _class_for(kind):
             yield "its forward was replaced on the instance"
         return
-    if _find(module):
+    library = _transformers()
+    if _find(module) or (library and library.takes(module)):
         yield f"{kind.__name__}: nnfast.accelerate(model) takes it"
     elif "forward" in module.__dict__:
         if isinstance(module, tuple(_OURS)) or _class_for(kind):

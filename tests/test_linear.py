@@ -195,6 +195,9 @@ def test_what_the_backward_reads_is_checked():
     ):
         with pytest.raises(RuntimeError, match="nnfast::linear_backward"):
             torch.ops.nnfast.linear_backward(*args)
+    for dtype in (torch.bfloat16, torch.float64):
+        with pytest.raises(RuntimeError, match="nnfast::linear_backward: dtype"):
+            torch.ops.nnfast.linear_backward(grad, x, w, every, dtype=dtype)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -223,6 +226,80 @@ def test_autocast(dtype):
         with pytest.raises(RuntimeError), nnfast.use_backend("torch"):
             F.linear(x, ours.weight)
         ours(torch.randn(3, 20))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("part", [None, 1, 200])
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_of_what_autocast_cast(dtype, part):
+    """N1: they go to the parameter in its own dtype, in parts or whole, and are no less exact than torch's."""
+    numbers = {} if part is None else {"product__widened_bytes": part}
+
+    def by_columns(linear):
+        def function(x, w, b):
+            return linear(x, w.t(), b)
+
+        return function
+
+    def twice(linear):
+        def function(x, w, b):
+            return linear(x, w, b) + 2 * linear(x, 2 * w)  # a parameter, and what was made of one
+
+        return function
+
+    def with_gelu(linear):
+        gelu = F.linear_gelu if linear is F.linear else lambda *args: TF.gelu(linear(*args))
+        return lambda x, w, b: gelu(x, w, b)
+
+    for how in (lambda linear: linear, by_columns, twice, with_gelu):
+        weight = torch.randn(20, 30).requires_grad_() if how is by_columns else torch.randn(30, 20).requires_grad_()
+        args, grad_out = [torch.randn(7, 20, requires_grad=True), weight, torch.randn(30, requires_grad=True)], None
+        results = []
+        for linear, paths in ((F.linear, ("linear_backward", "product.widened")), (TF.linear, ())):
+            with thresholds(**numbers), torch.autocast("cpu", dtype), served(*paths):
+                output = how(linear)(*args)
+                grad_out = torch.randn_like(output) if grad_out is None else grad_out
+                results.append(torch.autograd.grad(output, args, grad_out))
+        # What is cast is no part of the comparison: exact is what the cast values give.
+        cast = [double(t.detach().to(dtype).requires_grad_()) for t in args]
+        exact = torch.autograd.grad(how(TF.linear)(*cast), cast, grad_out.double())
+        for name, a, b, true in zip(("input", "weight", "bias"), *results, exact, strict=True):
+            assert a.dtype == torch.float32
+            assert_close(a, b, true, name)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_the_gradients_of_autocast_go_where_torchs_do():
+    """G6: hooks of the parameter, accumulation, graphs kept, gradients of gradients, frozen parameters, checkpoints."""
+    ours, theirs = nn.Linear(20, 30), torch.nn.Linear(20, 30)
+    theirs.load_state_dict(ours.state_dict())
+    x, seen = torch.randn(8, 20), {ours: [], theirs: []}
+    for model, calls in seen.items():
+        model.weight.register_hook(lambda g, calls=calls: calls.append((g.dtype, g.shape)))
+        model.weight.register_post_accumulate_grad_hook(lambda p, calls=calls: calls.append(p.grad.dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = (model(x).float().square() + checkpoint(model, x, use_reentrant=False)).sum()
+            other = torch.nn.functional.linear(x, model.weight).sum()  # torch's reads the cast that is kept
+        loss.backward(retain_graph=True)
+        loss.backward()
+        other.backward()
+        (first,) = torch.autograd.grad(_twice(model, x), model.weight, create_graph=True)
+        calls.append(torch.autograd.grad(first.square().sum(), model.weight)[0])
+        model.bias.requires_grad_(False)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x).sum().backward()
+        calls += [model.weight.grad, model.bias.grad]
+    assert len(seen[ours]) == len(seen[theirs])
+    for a, b in zip(*seen.values(), strict=True):
+        if isinstance(a, torch.Tensor):
+            torch.testing.assert_close(a, b, rtol=0, atol=4 * torch.finfo(torch.bfloat16).eps * b.abs().max().item())
+        else:
+            assert a == b
+
+
+def _twice(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x).float().square().sum()
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -296,6 +373,11 @@ def test_opcheck():
         for args in ((g, x, w), (g, x, by_columns), (g.t().contiguous().t(), x, w)):
             torch.library.opcheck(torch.ops.nnfast.linear_backward.default, (*args, mask))
     torch.library.opcheck(torch.ops.nnfast.linear_backward.default, (g, None, None, (False, False, True)))
+    half = [t.bfloat16() for t in (g, x, w)]
+    for weight in (half[2], by_columns.bfloat16()):
+        torch.library.opcheck(
+            torch.ops.nnfast.linear_backward.default, (*half[:2], weight, (True,) * 3), {"dtype": torch.float32}
+        )
 
 
 def test_module():

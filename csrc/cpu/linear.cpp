@@ -23,7 +23,7 @@ Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptTensor& bi
   return product(input.reshape({-1, weight.size(1)}), weight, bias).view(sizes);
 }
 
-Tensor sum_over_rows(const Tensor& rows) {
+Tensor sum_over_rows(const Tensor& rows, at::ScalarType dtype) {
   const int64_t count = rows.size(0), size = rows.size(1), threads = row_threads(count, size);
   const Rows from = rows_of(rows, size, 1);
   RowSums sums(true, threads, size, rows);
@@ -32,15 +32,17 @@ Tensor sum_over_rows(const Tensor& rows) {
         cpu_dtype(rows), from.tensor.const_data_ptr(), from.stride, size, sums.of(thread), begin, end);
     sums.end_block(thread);
   });
-  return sums.total({size}, rows.scalar_type());
+  return sums.total({size}, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
-    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
-  check_linear_backward(grad_out, input, weight, output_mask);
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
+    std::optional<at::ScalarType> dtype) {
+  check_linear_backward(grad_out, input, weight, output_mask, dtype);
   TORCH_CHECK_NOT_IMPLEMENTED(cpu_kernels(), "nnfast::linear_backward has no kernels for this CPU");
   backward_served.taken();
   const Tensor grad = grad_out.reshape({-1, grad_out.size(-1)});
+  const auto type = dtype.value_or(grad.scalar_type());
   Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) {
     at::DimVector sizes(grad_out.sizes());
@@ -50,9 +52,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   if (output_mask[1]) {
     const Tensor x = input->reshape({-1, input->size(-1)});
     const bool by_columns = defined(weight) && weight->is_non_overlapping_and_dense() && !weight->is_contiguous();
-    grad_weight = by_columns ? product_tn(x, grad).t() : product_tn(grad, x);
+    grad_weight = by_columns ? product_tn(x, grad, type).t() : product_tn(grad, x, type);
   }
-  if (output_mask[2]) grad_bias = sum_over_rows(grad);
+  if (output_mask[2]) grad_bias = sum_over_rows(grad, type);
   return {grad_input, grad_weight, grad_bias};
 }
 

@@ -27,6 +27,7 @@ namespace nnfast {
 namespace {
 
 std::atomic<int64_t> until_failure{-1};
+Threshold large("memory.large_bytes", int64_t(2) << 20);
 
 // Torch's allocator, as it was before ours went before it.
 c10::Allocator& torchs() {
@@ -34,7 +35,7 @@ c10::Allocator& torchs() {
   return *before;
 }
 
-// Ours from now on, for where torch's has no more.
+// Ours from now on, for ForTorch and for where torch's has no more.
 void go_before_torchs();
 
 // torch's own error, where this allocation is to fail: more is asked for than there can be.
@@ -46,7 +47,6 @@ void fail_if_due() {
 
 constexpr size_t kPage = 4096;
 Threshold huge_page("memory.huge_page", int64_t(2) << 20);
-Threshold large("memory.large_bytes", int64_t(2) << 20);
 // For so long what was live at once says how much may be kept: longer than most training steps take.
 Threshold keep_ms("memory.keep_ms", 10'000);
 Path mapped("memory.mapped"), gathered("memory.gathered"), given_again("memory.given_again");
@@ -271,10 +271,13 @@ c10::DataPtr torchs_or_kept(size_t bytes) { return torchs().allocate(bytes); }
 
 #endif
 
+thread_local size_t awaited = 0;
+
 // What torch allocates by from go_before_torchs() on.
 class BeforeTorchs final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
+    if (bytes && bytes == awaited) return awaited = 0, allocator().allocate(bytes);
     fail_if_due();
     return torchs_or_kept(bytes);
   }
@@ -292,6 +295,12 @@ void go_before_torchs() {
 }
 
 }  // namespace
+
+ForTorch::ForTorch(int64_t bytes) : before_(awaited) {
+  awaited = bytes >= large ? bytes : 0;
+  if (awaited) go_before_torchs();
+}
+ForTorch::~ForTorch() { awaited = before_; }
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
   // Where torch is told to fill new memory, so that a read of it shows.

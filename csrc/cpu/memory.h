@@ -15,6 +15,18 @@ namespace nnfast {
 // As at::empty; small blocks are at::empty's.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
+// While one lives, the first memory of just so many bytes that torch takes on this thread comes as empty()'s does: the
+// output of its op. (What oneDNN takes for itself afterwards has to be torch's.)
+class ForTorch {
+ public:
+  explicit ForTorch(int64_t bytes);
+  ~ForTorch();
+  ForTorch(const ForTorch&) = delete;
+
+ private:
+  size_t before_;
+};
+
 // Bytes of blocks in use, and of those that are kept.
 struct MemoryUse {
   int64_t live, kept;

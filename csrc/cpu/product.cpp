@@ -4,6 +4,8 @@
 #include <ATen/core/List.h>
 #include <ATen/ops/linear.h>
 
+#include <algorithm>
+
 #include "../gate/paths.h"
 #include "cpu.h"
 #include "memory.h"
@@ -19,7 +21,7 @@ namespace nnfast {
 namespace {
 
 Path by_one_dnn("product.one_dnn"), into_memory("product.into_memory"), by_torch("product.torch"),
-    turned("product.turned");
+    turned("product.turned"), widened("product.widened");
 
 // Whether float32 products are oneDNN's at all: on Intel's CPUs they stay MKL's, which is made for them.
 bool not_intel() {
@@ -61,6 +63,7 @@ bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
 // oneDNN reads its first operand by rows and copies it where it does not lie so, while it
 // takes the second as it is. With many rows it pays to have the smaller operand copied, and to turn the result around.
 Threshold many_rows("product.turn_rows", 2048);
+Threshold widened_bytes("product.widened_bytes", int64_t(8) << 20);
 
 // a b, where one_dnn_serves, in memory of ours.
 Tensor one_dnn_matmul(const Tensor& a, const Tensor& b) {
@@ -75,6 +78,7 @@ Tensor one_dnn_matmul(const Tensor& a, const Tensor& b) {
 Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   // What comes here has the dtype it shall have, also where a backward runs inside autocast.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const ForTorch memory(input.size(0) * weight.size(0) * input.element_size());
   if (!one_dnn_serves(input, weight)) return by_torch.taken(), at::linear(input, weight, bias);
   by_one_dnn.taken();
   if (!defined(bias) && at::native::mkldnn_matmul) return one_dnn_matmul(input, weight.t());
@@ -89,6 +93,20 @@ Tensor product_tn(const Tensor& a, const Tensor& b) {
   const bool turn = a.size(1) > b.size(1) && a.size(0) >= many_rows && one_dnn_serves(b.t(), a.t());
   if (turn) turned.taken();
   return turn ? product(b.t(), a.t()).t().contiguous() : product(a.t(), b.t());
+}
+
+Tensor product_tn(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
+  if (dtype == a.scalar_type()) return product_tn(a, b);
+  // As much at a time as is still in the cache when it is widened.
+  const int64_t rows = a.size(1), row_bytes = b.size(1) * b.element_size();
+  const int64_t part = std::max<int64_t>(1, widened_bytes / std::max<int64_t>(1, row_bytes));
+  widened.taken();
+  const Tensor out = empty({rows, b.size(1)}, dtype);
+  for (int64_t row = 0; row < rows; row += part) {
+    const int64_t some = std::min(part, rows - row);
+    out.narrow(0, row, some).copy_(product_tn(a.narrow(1, row, some), b));
+  }
+  return out;
 }
 
 }  // namespace nnfast

@@ -10,5 +10,7 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias 
 
 // a^T b, for matrices (M, N) and (M, K).
 Tensor product_tn(const Tensor& a, const Tensor& b);
+// The same, widened to float where that is asked of 16-bit ones.
+Tensor product_tn(const Tensor& a, const Tensor& b, at::ScalarType dtype);
 
 }  // namespace nnfast

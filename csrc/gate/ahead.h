@@ -139,8 +139,9 @@ class LinearNode : public OpNode<Linear> {
   Sums sums_;
 };
 
-// Records `output` as input weight^T + bias.
-void record_linear(const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias);
+// Records `output` as input weight^T + bias; `multiplied` is what autocast made of the weight, if it did.
+void record_linear(
+    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& multiplied);
 
 // input weight^T + bias, and the GELU with it that `follower` guesses, where anything is recorded.
 Tensor linear_followed(

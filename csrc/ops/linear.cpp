@@ -14,9 +14,10 @@ namespace nnfast {
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   // input is read for grad_weight alone, and weight for grad_input. grad_bias is what output_mask[2] asks for, bias or
-  // not. grad_weight lies in memory as weight does, by rows or by columns.
+  // not. grad_weight lies in memory as weight does, by rows or by columns. dtype: of grad_weight and grad_bias; float is
+  // possible beside 16 bits, where autocast cast a weight.
   m.def(
-      "linear_backward(Tensor grad_out, Tensor? input, Tensor? weight, bool[3] output_mask)"
+      "linear_backward(Tensor grad_out, Tensor? input, Tensor? weight, bool[3] output_mask, *, ScalarType? dtype=None)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
@@ -26,9 +27,10 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias) 
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(
-    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
+    std::optional<at::ScalarType> dtype) {
   static const auto op = find_op<decltype(linear_backward)>("linear_backward");
-  return op.call(grad_out, input, weight, output_mask);
+  return op.call(grad_out, input, weight, output_mask, dtype);
 }
 
 bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
@@ -47,7 +49,8 @@ bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& b
 }
 
 void check_linear_backward(
-    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
+    std::optional<at::ScalarType> dtype) {
   const auto fits = [&](const Tensor& t) {
     return t.scalar_type() == grad_out.scalar_type() && t.device() == grad_out.device();
   };
@@ -61,6 +64,9 @@ void check_linear_backward(
           (!output_mask[0] || weight_fits) && (!output_mask[1] || input_fits),
       "nnfast::linear_backward: the shapes, dtypes and devices of grad_out, input and weight must be those of a "
       "Linear's");
+  TORCH_CHECK(
+      !dtype || *dtype == grad_out.scalar_type() || (*dtype == at::kFloat && grad_out.scalar_type() != at::kDouble),
+      "nnfast::linear_backward: dtype must be grad_out's, or float beside 16 bits");
 }
 
 namespace {
@@ -79,9 +85,10 @@ Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptTensor&) 
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(
-    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
-  check_linear_backward(grad_out, input, weight, output_mask);
-  const auto options = grad_out.options();
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
+    std::optional<at::ScalarType> dtype) {
+  check_linear_backward(grad_out, input, weight, output_mask, dtype);
+  const auto options = grad_out.options(), wide = options.dtype(dtype.value_or(grad_out.scalar_type()));
   const c10::SymInt out = grad_out.sym_size(-1);
   Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) {
@@ -91,9 +98,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(
   }
   if (output_mask[1]) {
     const c10::SymInt in = input->sym_size(-1);
-    grad_weight = by_columns(weight) ? at::empty_symint({in, out}, options).t() : at::empty_symint({out, in}, options);
+    grad_weight = by_columns(weight) ? at::empty_symint({in, out}, wide).t() : at::empty_symint({out, in}, wide);
   }
-  if (output_mask[2]) grad_bias = at::empty_symint({out}, options);
+  if (output_mask[2]) grad_bias = at::empty_symint({out}, wide);
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -104,16 +111,18 @@ Tensor linear_aten(const Tensor& input, const Tensor& weight, const OptTensor& b
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_aten(
-    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
-  check_linear_backward(grad_out, input, weight, output_mask);
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
+    std::optional<at::ScalarType> dtype) {
+  check_linear_backward(grad_out, input, weight, output_mask, dtype);
   const auto rows = grad_out.reshape_symint({-1, grad_out.sym_size(-1)});
+  const auto type = dtype.value_or(grad_out.scalar_type());
   Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) grad_input = grad_out.matmul(*weight);
   if (output_mask[1]) {
     const Tensor x = input->reshape_symint({-1, input->sym_size(-1)});
-    grad_weight = by_columns(weight) ? x.t().matmul(rows).t() : rows.t().matmul(x);
+    grad_weight = (by_columns(weight) ? x.t().matmul(rows).t() : rows.t().matmul(x)).to(type);
   }
-  if (output_mask[2]) grad_bias = rows.sum(0);
+  if (output_mask[2]) grad_bias = rows.sum(0, false, type);
   return {grad_input, grad_weight, grad_bias};
 }
 
@@ -126,25 +135,46 @@ Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptTenso
     at::AutoDispatchBelowADInplaceOrView guard;
     return nnfast::linear(input, weight, bias);
   }();
-  if (any_needs_grad(input, weight, bias)) record_linear(output, input, weight, bias);
+  if (any_needs_grad(input, weight, bias)) record_linear(output, input, weight, bias, weight);
   return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_autograd(
-    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask) {
-  if (any_needs_grad(grad_out, input, weight)) return linear_backward_aten(grad_out, input, weight, output_mask);
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
+    std::optional<at::ScalarType> dtype) {
+  if (any_needs_grad(grad_out, input, weight)) return linear_backward_aten(grad_out, input, weight, output_mask, dtype);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return nnfast::linear_backward(grad_out, input, weight, output_mask);
+  return nnfast::linear_backward(grad_out, input, weight, output_mask, dtype);
 }
 
 // ---- autocast: the lower precision, as torch lists linear ----
+//
+// On a CPU the casts of weight and bias are no steps of the graph: the backward makes their gradients in the dtype of
+// what was cast, with no copy in 16 bits in between.
 
-template <c10::DeviceType device, c10::DispatchKey key>
-Tensor linear_autocast(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
-  c10::impl::ExcludeDispatchKeyGuard guard(key);
-  const auto type = at::autocast::get_lower_precision_fp_from_device_type(device);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, device); };
+Tensor linear_autocast_cpu(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+  const auto x = autocast_to_lower(input, at::kCPU), w = autocast_to_lower(weight, at::kCPU);
+  const auto b = autocast_to_lower(bias, at::kCPU);
+  const Tensor output = [&] {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return nnfast::linear(x, w, b);
+  }();
+  if (any_needs_grad(x, weight, bias)) record_linear(output, x, weight, bias, w);
+  return output;
+}
+
+Tensor linear_autocast_cuda(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
+  const auto cast = [&](const auto& t) { return autocast_to_lower(t, at::kCUDA); };
   return nnfast::linear(cast(input), cast(weight), cast(bias));
+}
+
+// The dtype of the gradient that is asked of a node along this edge; none where no one is told.
+std::optional<at::ScalarType> dtype_asked(const LinearNode* node, size_t edge) {
+  if (!node || !node->next_edge(edge).is_valid()) return std::nullopt;
+  const auto& to = node->next_edge(edge);
+  return to.function->input_metadata(to.input_nr).options().dtype().toScalarType();
 }
 
 }  // namespace
@@ -155,21 +185,24 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
   const NotRecorded guard;
   if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
   Tensor sums;
-  if (auto* const node = running_node<LinearNode>(); node && mask[2] && !at::GradMode::is_enabled())
-    sums = node->take_sums(grads[0]);
+  auto* const node = running_node<LinearNode>();
+  if (node && mask[2] && !at::GradMode::is_enabled()) sums = node->take_sums(grads[0]);
   if (sums.defined()) {
     sums_found.taken();
     mask[2] = false;
   }
-  auto [grad_input, grad_weight, grad_bias] = nnfast::linear_backward(grads[0], saved[0], saved[1], mask);
+  auto dtype = mask[1] || mask[2] ? dtype_asked(node, mask[1] ? 1 : 2) : std::nullopt;
+  if (dtype != at::kFloat || grads[0].scalar_type() == at::kDouble || !grads[0].is_cpu()) dtype = std::nullopt;
+  auto [grad_input, grad_weight, grad_bias] = nnfast::linear_backward(grads[0], saved[0], saved[1], mask, dtype);
   return {grad_input, grad_weight, sums.defined() ? sums : grad_bias};
 }
 
-void record_linear(const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+void record_linear(
+    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& multiplied) {
   // Each is kept for the other's gradient alone.
   record(
       make_node<Linear, LinearNode>(input, weight, bias), output,
-      {needs_grad(weight) ? input : Tensor(), needs_grad(input) ? weight : Tensor()});
+      {needs_grad(weight) ? input : Tensor(), needs_grad(input) ? multiplied : Tensor()});
 }
 
 Tensor linear_followed(
@@ -187,9 +220,7 @@ Tensor linear_followed(
   // As the dispatcher would: autocast first, then autograd.
   const bool autocast = at::autocast::is_autocast_enabled(device);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto cast = [&](const auto& t) {
-    return autocast ? at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device) : t;
-  };
+  const auto cast = [&](const auto& t) { return autocast ? autocast_to_lower(t, device) : t; };
   const auto x = cast(input), w = cast(weight);
   const auto b = cast(bias);
   Tensor output, pre;
@@ -197,7 +228,7 @@ Tensor linear_followed(
     at::AutoDispatchBelowADInplaceOrView guard;
     std::tie(output, pre) = linear_gelu(x, w, b, gelu == Follower::tanh ? "tanh" : "none");
   }
-  record_linear(pre, x, w, b);
+  record_linear(pre, x, weight, bias, w);
   auto* const node = linear_of(pre);
   node->follow(follower);
   node->leave_gelu(pre, std::move(output), gelu);
@@ -217,10 +248,10 @@ TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("linear_backward", linear_backward_autograd);
 }
 TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) {
-  m.impl("linear", linear_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("linear", linear_autocast_cpu);
 }
 TORCH_LIBRARY_IMPL(nnfast, AutocastCUDA, m) {
-  m.impl("linear", linear_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("linear", linear_autocast_cuda);
 }
 
 }  // namespace nnfast

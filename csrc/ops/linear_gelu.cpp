@@ -172,28 +172,40 @@ std::tuple<Tensor, Tensor> gelu_backward_sum_autograd(
   return gelu_backward_sum(grad_output, self, approximate);
 }
 
-std::tuple<Tensor, Tensor> linear_gelu_autograd(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
+// weight and bias as they are recorded, and what autocast made of them.
+std::tuple<Tensor, Tensor> recorded_linear_gelu(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_weight,
+    const OptTensor& cast_bias, c10::string_view approximate, bool want_pre) {
   const bool recorded = any_needs_grad(input, weight, bias);
   auto [output, pre] = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_gelu(input, weight, bias, approximate, want_pre || recorded);
+    return linear_gelu(input, cast_weight, cast_bias, approximate, want_pre || recorded);
   }();
   if (recorded) {
-    record_linear(pre, input, weight, bias);
+    record_linear(pre, input, weight, bias, cast_weight);
     output = recorded_gelu(std::move(output), pre, approximate == "tanh");
   }
   return {output, pre};
 }
 
-// ---- autocast: the lower precision, as torch lists linear; gelu is not listed ----
-
-template <c10::DeviceType device, c10::DispatchKey key>
-std::tuple<Tensor, Tensor> linear_gelu_autocast(
+std::tuple<Tensor, Tensor> linear_gelu_autograd(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
-  c10::impl::ExcludeDispatchKeyGuard guard(key);
-  const auto type = at::autocast::get_lower_precision_fp_from_device_type(device);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, device); };
+  return recorded_linear_gelu(input, weight, bias, weight, bias, approximate, want_pre);
+}
+
+// ---- autocast: the lower precision, as torch lists linear; gelu is not listed. On a CPU as linear's ----
+
+std::tuple<Tensor, Tensor> linear_gelu_autocast_cpu(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
+  const auto cast = [](const auto& t) { return autocast_to_lower(t, at::kCPU); };
+  return recorded_linear_gelu(cast(input), weight, bias, cast(weight), cast(bias), approximate, want_pre);
+}
+
+std::tuple<Tensor, Tensor> linear_gelu_autocast_cuda(
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
+  const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
+  const auto cast = [](const auto& t) { return autocast_to_lower(t, at::kCUDA); };
   return linear_gelu(cast(input), cast(weight), cast(bias), approximate, want_pre);
 }
 
@@ -212,10 +224,10 @@ TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("linear_gelu", linear_gelu_autograd);
 }
 TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) {
-  m.impl("linear_gelu", linear_gelu_autocast<at::kCPU, c10::DispatchKey::AutocastCPU>);
+  m.impl("linear_gelu", linear_gelu_autocast_cpu);
 }
 TORCH_LIBRARY_IMPL(nnfast, AutocastCUDA, m) {
-  m.impl("linear_gelu", linear_gelu_autocast<at::kCUDA, c10::DispatchKey::AutocastCUDA>);
+  m.impl("linear_gelu", linear_gelu_autocast_cuda);
 }
 
 }  // namespace nnfast

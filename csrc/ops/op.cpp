@@ -1,5 +1,9 @@
 #include "op.h"
 
+#include <ATen/autocast_mode.h>
+
+#include "../cpu/memory.h"
+
 namespace nnfast {
 
 bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
@@ -12,6 +16,16 @@ bool ordinary(const Tensor& t) {
                                            c10::autocast_dispatch_keyset |
                                            c10::autograd_dispatch_keyset_with_ADInplaceOrView;
   return within(t.key_set(), plain);
+}
+
+Tensor autocast_to_lower(const Tensor& t, c10::DeviceType device) {
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  const ForTorch memory(t.is_cpu() ? t.numel() * (int64_t)c10::elementSize(dtype) : 0);
+  return at::autocast::cached_cast(dtype, t, device);
+}
+
+OptTensor autocast_to_lower(const OptTensor& t, c10::DeviceType device) {
+  return defined(t) ? OptTensor(autocast_to_lower(*t, device)) : t;
 }
 
 }  // namespace nnfast

@@ -32,6 +32,10 @@ bool any_needs_grad(const T&... t) {
   return at::GradMode::is_enabled() && (needs_grad(t) || ...);
 }
 
+// t in autocast's dtype, as autocast's own ops bring it there.
+Tensor autocast_to_lower(const Tensor& t, c10::DeviceType device);
+OptTensor autocast_to_lower(const OptTensor& t, c10::DeviceType device);
+
 inline bool known_dtype(at::ScalarType t) {
   return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
 }
@@ -72,7 +76,8 @@ void check_gelu_backward(const Tensor& grad_output, const Tensor& self);
 bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
 // torch's kind of error where what the op would read does not fit together.
 void check_linear_backward(
-    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask);
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
+    std::optional<at::ScalarType> dtype);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
 bool covers_cross_entropy(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
@@ -105,7 +110,8 @@ Tensor gelu(const Tensor& self, c10::string_view approximate);
 Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
 Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> linear_backward(
-    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask);
+    const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
+    std::optional<at::ScalarType> dtype = std::nullopt);
 std::tuple<Tensor, Tensor> gelu_backward_sum(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
 std::tuple<Tensor, Tensor> linear_gelu(

@@ -1,0 +1,108 @@
+"""The attention of transformers with our kernels, by its own registry; to be imported only where transformers is.
+
+A module of transformers looks up the function that computes its attention by the name in its config, at every call.
+Ours is registered as ``nnfast``, which changes nothing for anybody. The modules that :func:`take` is given see their
+config with that name in the place of ``sdpa``; the model's own config, from which masks are made and which is saved,
+stays as it is, and so does any other choice that is made later.
+"""
+
+import inspect
+import types
+
+import torch
+from torch.compiler import is_compiling
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as _theirs
+from transformers.modeling_utils import AttentionInterface
+
+import nnfast.nn
+
+_REGISTRY, NAME = "ALL_ATTENTION_FUNCTIONS", "nnfast"
+
+
+class _Torch:
+    """torch, in which ``nn`` is ours."""
+
+    nn = nnfast.nn
+
+    def __getattr__(self, name: str):
+        return getattr(torch, name)
+
+
+# Their code, which may do more than call torch's attention: it finds ours where it looks for torch's.
+_ours = types.FunctionType(
+    _theirs.__code__, {**_theirs.__globals__, "torch": _Torch()}, NAME, _theirs.__defaults__, _theirs.__closure__
+)
+_ours.__kwdefaults__ = _theirs.__kwdefaults__
+
+
+def _attention(*args, **kwargs):
+    """transformers' ``sdpa``, whose call of torch's attention is one of ours. What is compiled is transformers' own."""
+    return (_theirs if is_compiling() else _ours)(*args, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+class Config:
+    """A config in which ``sdpa`` is ours. All else that is read and written is the config's own."""
+
+    def __init__(self, config) -> None:
+        self.__dict__["_nnfast_was"] = config
+
+    @property
+    def _attn_implementation(self):
+        name = self.__dict__["_nnfast_was"]._attn_implementation
+        return NAME if name == "sdpa" else name
+
+    @property
+    def __class__(self):
+        return type(self.__dict__["_nnfast_was"])
+
+    def __getattr__(self, name: str):
+        return getattr(self.__dict__["_nnfast_was"], name)
+
+    def __setattr__(self, name: str, value) -> None:
+        setattr(self.__dict__["_nnfast_was"], name, value)
+
+    def __eq__(self, other) -> bool:
+        return self.__dict__["_nnfast_was"] == (other.__dict__["_nnfast_was"] if type(other) is Config else other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return repr(self.__dict__["_nnfast_was"])
+
+    def __reduce__(self):
+        return Config, (self.__dict__["_nnfast_was"],)
+
+
+def _looks_up(module: torch.nn.Module) -> bool:
+    """Whether the module's forward asks the registry, and ``sdpa`` is transformers' own there."""
+    forward = inspect.unwrap(type(module).forward)
+    if "forward" in module.__dict__ or _REGISTRY not in getattr(getattr(forward, "__code__", None), "co_names", ()):
+        return False
+    registry = forward.__globals__.get(_REGISTRY)
+    return isinstance(registry, AttentionInterface) and registry.get("sdpa") is _theirs
+
+
+def takes(module: torch.nn.Module) -> bool:
+    """Whether ours can serve this module's attention."""
+    config = module.__dict__.get("config")
+    return type(config) is not Config and getattr(config, "_attn_implementation", "") == "sdpa" and _looks_up(module)
+
+
+def take(module: torch.nn.Module) -> None:
+    """Have ours serve it."""
+    module.config = Config(module.config)
+
+
+def has(module: torch.nn.Module) -> bool:
+    """Whether it was given to :func:`take`, and has not chosen another attention since."""
+    config = module.__dict__.get("config")
+    return type(config) is Config and config._attn_implementation == NAME
+
+
+def give_back(module: torch.nn.Module) -> None:
+    """Undo :func:`take`."""
+    if type(module.__dict__.get("config")) is Config:
+        module.config = module.config.__dict__["_nnfast_was"]
