@@ -100,7 +100,7 @@ def fsdp2(_):
 
 
 def accelerated(_):
-    """X3: swapped before or after it is sharded, and restored, it trains as torch's; the shards' classes stay FSDP's."""
+    """X3: swapped before or after it is sharded, and restored, it trains as torch does; FSDP keeps its classes."""
     results = []
     for when in ("never", "before", "after"):
         model = build(False)
