@@ -24,6 +24,7 @@ _OURS: dict[type, type] = {
     torch.nn.GELU: nn.GELU,
     torch.nn.Linear: nn.Linear,
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
+    torch.nn.Embedding: nn.Embedding,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
 if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.12 on
@@ -125,15 +126,14 @@ def _transformers():
 def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """Make every module of ``model`` that nnfast has a kernel for use it, in place.
 
-    Modules of torch's classes LayerNorm, Linear, GELU, CrossEntropyLoss and TransformerEncoderLayer become ours, and so
-    do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else: parameters,
+    Modules of torch's classes LayerNorm, Linear, GELU, Embedding, CrossEntropyLoss and TransformerEncoderLayer become
+    ours, and so do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else: parameters,
     hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m,
     torch.nn.LayerNorm)`` holds as before. A module of transformers whose attention is ``sdpa`` finds ours by that
     name; its ``config`` says so to nobody else. Only this model is touched, a second call changes nothing, and
     :func:`restore` undoes it.
 
-    A Linear learns from its first call whether a GELU reads its output, and from then on computes the GELU with it.
-    :func:`report` says what was done and what was learned.
+    :func:`report` says what was done.
 
     Returns:
         The same model.
@@ -161,7 +161,6 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         was = module.__dict__.get(_WAS)
         if was is not None and type(module) is _class_for(was):
             del module.__dict__[_WAS]
-            F.forget(module)
             module.__class__ = was
     return model
 
@@ -218,11 +217,11 @@ def report(model: torch.nn.Module) -> Report:
 
 
 def _served(module: torch.nn.Module) -> str:
-    kind, gelu, library = type(module), F.learned(module), _transformers()
+    kind, library = type(module), _transformers()
     if library and library.has(module):
         return "scaled_dot_product_attention"
     if isinstance(module, (*_OURS.values(), nn.LinearGELU)) or kind is _class_for(module.__dict__.get(_WAS, object)):
-        return module._get_name() + (f", and the GELU that reads it, approximate={gelu!r}" if gelu else "")
+        return module._get_name()
     return ""
 
 

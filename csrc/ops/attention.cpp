@@ -202,8 +202,7 @@ std::tuple<Tensor, Tensor> attention_autocast(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal,
     std::optional<double> scale) {
   c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
-  const auto type = at::autocast::get_lower_precision_fp_from_device_type(at::kCPU);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, at::kCPU); };
+  const auto cast = [](const auto& t) { return autocast_to_lower(t, at::kCPU); };
   return scaled_dot_product_attention(cast(query), cast(key), cast(value), cast(attn_mask), is_causal, scale);
 }
 

@@ -415,7 +415,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autocast(
     std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
   c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
   const auto type = at::autocast::get_autocast_dtype(at::kCPU);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(type, t, at::kCPU); };
+  const auto cast = [](const auto& t) { return autocast_to_lower(t, at::kCPU); };
   const Tensor x = cast(input);
   return linear_cross_entropy(
       x, cast(linear_weight), target, cast(linear_bias), at::autocast::cached_cast(at::kFloat, weight, at::kCPU),

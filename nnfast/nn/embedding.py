@@ -1,0 +1,23 @@
+import torch
+from torch import Tensor
+
+from nnfast import functional as F
+
+
+class Embedding(torch.nn.Embedding):
+    """:class:`torch.nn.Embedding` with our memory for its gradient: the same arguments, weight and ``state_dict``.
+
+    Shape:
+        Input ``(*)``, output ``(*, embedding_dim)``. See :func:`nnfast.nn.functional.embedding`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.embedding(
+            input,
+            self.weight,
+            self.padding_idx,
+            self.max_norm,
+            self.norm_type,
+            self.scale_grad_by_freq,
+            self.sparse,
+        )
