@@ -98,6 +98,64 @@ def test_models(name):
     assert [type(m) for m in nnfast.restore(model).modules()] == [type(m) for m in plain.modules()]
 
 
+def attentions(model):
+    return [name for name, what in nnfast.report(model).served if what == "scaled_dot_product_attention"]
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BERT", "ViT", "Llama"])
+def test_attention(name, cpu_kernels):
+    """X1, X3: transformers' modules find ours by their own registry, and only while they ask for `sdpa`."""
+    from common import served
+
+    make, inputs, _ = MODELS[name]
+    plain, inputs = make().eval(), inputs()
+    model = nnfast.accelerate(nnfast.accelerate(copy.deepcopy(plain)))
+    config = model.config
+    assert len(attentions(model)) == 2 and config._attn_implementation == "sdpa" and config == plain.config
+    assert not attentions(plain) and config.to_dict() == plain.config.to_dict()
+    copied = copy.deepcopy(model)
+    for m in (model, copied):
+        with served("scaled_dot_product_attention", "scaled_dot_product_attention_backward"):
+            losses = [loss_of(each, inputs) for each in (m, plain)]
+            losses[0].backward()
+        torch.testing.assert_close(*losses)
+    owner = dict(copied.named_modules())[attentions(copied)[0]]
+    assert owner.config.hidden_size == copied.config.hidden_size and owner.config == copied.config
+    copied.config.some_choice = 3  # of the copy's one config
+    assert owner.config.some_choice == 3 and not hasattr(config, "some_choice")
+    owner.config.other_choice = 4
+    assert copied.config.other_choice == 4
+    # A padded batch; another choice, made afterwards; and back.
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, 6:] = 0
+    padded = inputs | {"attention_mask": mask} if "input_ids" in inputs else inputs
+    torch.testing.assert_close(loss_of(model, padded), loss_of(plain, padded))
+    model.set_attn_implementation("eager")
+    assert not attentions(model)
+    output = model(**inputs, output_attentions=True)
+    assert output.attentions[0].shape[:2] == (2, 2)
+    model.set_attn_implementation("sdpa")
+    assert len(attentions(model)) == 2
+    nnfast.restore(model)
+    assert not attentions(model) and all(m.config is config for m in model.modules() if hasattr(m, "config"))
+    torch.testing.assert_close(loss_of(model, inputs), loss_of(plain, inputs))
+
+
+def test_attention_that_is_not_sdpa():
+    model = nnfast.accelerate(gpt2(attn_implementation="eager"))
+    assert not attentions(model) and not any("takes it" in why for _, why in nnfast.report(model).left)
+
+
+def test_dropout_of_attention_is_torchs(cpu_kernels):
+    """S1: the same numbers from the same generator."""
+    plain = hf("Bert", "ForMaskedLM", vocab_size=50, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+    model, inputs, losses = nnfast.accelerate(copy.deepcopy(plain)), tokens(), []
+    for m in (model, plain):
+        torch.manual_seed(2)
+        losses.append(loss_of(m.train(), inputs))
+    torch.testing.assert_close(*losses)
+
+
 def both(make, train):
     """What `train(model, AdamW)` gives, with an accelerated model and our optimizer, and with torch's.
 
