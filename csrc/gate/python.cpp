@@ -130,7 +130,7 @@ PyObject* py_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Tensor output;
   {
     pybind11::gil_scoped_release no_gil;
-    output = embedding(indices, weight, padding_idx);
+    output = nnfast::embedding(indices, weight, padding_idx);
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
