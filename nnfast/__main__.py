@@ -40,9 +40,10 @@ def products() -> str:
         return "torch's"
     if not numbers["product.one_dnn_float32"]:
         return "torch's: MKL is made for this CPU (assumed; not measured on Intel)"
+    least = numbers["product.one_dnn_multiply_adds"]
     return (
-        f"float32 from {numbers['product.one_dnn_multiply_adds']:,} multiply-adds on: oneDNN (measured on AMD, with AVX-512"
-        " and with AVX2 alone, there for operands by rows; assumed elsewhere, but Intel); all else: torch's"
+        f"float32 from {least:,} multiply-adds on: oneDNN (measured on AMD, with AVX-512 and with AVX2 alone, there for"
+        " operands by rows; assumed elsewhere, but on Intel); all else: torch's"
     )
 
 

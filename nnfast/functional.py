@@ -129,7 +129,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    r"""The rows of ``weight`` that ``input`` names, as :func:`torch.nn.functional.embedding`.
+    r"""The rows of ``weight`` that ``input`` names, as ``torch.nn.functional.embedding``.
 
     torch's own kernels. On a CPU the gradient of a large table is made in memory that is at hand, where torch would map
     it afresh at every step.

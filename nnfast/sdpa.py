@@ -1,7 +1,7 @@
 """The attention of transformers with our kernels, by its own registry; to be imported only where transformers is.
 
 A module of transformers looks up the function that computes its attention by the name in its config, at every call.
-Ours is registered as ``nnfast``, which changes nothing for anybody. The modules that :func:`take` is given see their
+Ours is registered as ``nnfast``, which changes nothing for anybody. The modules that ``take`` is given see their
 config with that name in the place of ``sdpa``; the model's own config, from which masks are made and which is saved,
 stays as it is, and so does any other choice that is made later.
 """
@@ -97,12 +97,12 @@ def take(module: torch.nn.Module) -> None:
 
 
 def has(module: torch.nn.Module) -> bool:
-    """Whether it was given to :func:`take`, and has not chosen another attention since."""
+    """Whether it was given to ``take``, and has not chosen another attention since."""
     config = module.__dict__.get("config")
     return type(config) is Config and config._attn_implementation == NAME
 
 
 def give_back(module: torch.nn.Module) -> None:
-    """Undo :func:`take`."""
+    """Undo ``take``."""
     if type(module.__dict__.get("config")) is Config:
         module.config = module.config.__dict__["_nnfast_was"]

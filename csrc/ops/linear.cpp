@@ -14,8 +14,8 @@ namespace nnfast {
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   // input is read for grad_weight alone, and weight for grad_input. grad_bias is what output_mask[2] asks for, bias or
-  // not. grad_weight lies in memory as weight does, by rows or by columns. dtype: of grad_weight and grad_bias; float is
-  // possible beside 16 bits, where autocast cast a weight.
+  // not. grad_weight lies in memory as weight does, by rows or by columns. dtype: of grad_weight and grad_bias; float
+  // is possible beside 16 bits, where autocast cast a weight.
   m.def(
       "linear_backward(Tensor grad_out, Tensor? input, Tensor? weight, bool[3] output_mask, *, ScalarType? dtype=None)"
       " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
@@ -217,11 +217,7 @@ TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("linear", linear_autograd);
   m.impl("linear_backward", linear_backward_autograd);
 }
-TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) {
-  m.impl("linear", linear_autocast_cpu);
-}
-TORCH_LIBRARY_IMPL(nnfast, AutocastCUDA, m) {
-  m.impl("linear", linear_autocast_cuda);
-}
+TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) { m.impl("linear", linear_autocast_cpu); }
+TORCH_LIBRARY_IMPL(nnfast, AutocastCUDA, m) { m.impl("linear", linear_autocast_cuda); }
 
 }  // namespace nnfast

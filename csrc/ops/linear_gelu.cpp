@@ -200,11 +200,7 @@ TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("gelu_backward_sum", gelu_backward_sum_autograd);
   m.impl("linear_gelu", linear_gelu_autograd);
 }
-TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) {
-  m.impl("linear_gelu", linear_gelu_autocast_cpu);
-}
-TORCH_LIBRARY_IMPL(nnfast, AutocastCUDA, m) {
-  m.impl("linear_gelu", linear_gelu_autocast_cuda);
-}
+TORCH_LIBRARY_IMPL(nnfast, AutocastCPU, m) { m.impl("linear_gelu", linear_gelu_autocast_cpu); }
+TORCH_LIBRARY_IMPL(nnfast, AutocastCUDA, m) { m.impl("linear_gelu", linear_gelu_autocast_cuda); }
 
 }  // namespace nnfast

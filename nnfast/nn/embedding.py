@@ -5,10 +5,10 @@ from nnfast import functional as F
 
 
 class Embedding(torch.nn.Embedding):
-    """:class:`torch.nn.Embedding` with our memory for its gradient: the same arguments, weight and ``state_dict``.
+    """``torch.nn.Embedding`` with our memory for its gradient: the same arguments, weight and ``state_dict``.
 
     Shape:
-        Input ``(*)``, output ``(*, embedding_dim)``. See :func:`nnfast.nn.functional.embedding`.
+        Input ``(*)``, output ``(*, embedding_dim)``. See ``nnfast.nn.functional.embedding``.
     """
 
     def forward(self, input: Tensor) -> Tensor:
