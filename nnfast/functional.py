@@ -21,7 +21,6 @@ def _torchs(*_) -> None:
 _ours = native or portable
 _layer_norm, _gelu = _ours.layer_norm, _ours.gelu
 _linear, _linear_gelu = _ours.linear, _ours.linear_gelu
-_embedding = native.embedding if native else _torchs
 _cross_entropy = native.cross_entropy if native else _torchs
 _linear_cross_entropy = native.linear_cross_entropy if native else _torchs
 _attention = native.scaled_dot_product_attention if native else _torchs
@@ -118,42 +117,6 @@ def linear_if_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     if output is None:
         torch_serves("linear")
     return output
-
-
-def embedding(
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Tensor:
-    r"""The rows of ``weight`` that ``input`` names, as ``torch.nn.functional.embedding``.
-
-    torch's own kernels. On a CPU the gradient of a large table is made in memory that is at hand, where torch would map
-    it afresh at every step.
-
-    Args:
-        input: ``(*)``, int64 or int32.
-        weight: ``(num_embeddings, embedding_dim)``.
-        padding_idx: a row that gets no gradient.
-        max_norm, norm_type, scale_grad_by_freq, sparse: where any is asked for, all is torch's.
-
-    Returns:
-        ``(*, embedding_dim)``, in the weight's dtype.
-
-    Raises:
-        IndexError, RuntimeError: torch's own, for rows that there are not.
-    """
-    if torch.jit.is_scripting():
-        return _F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    else:
-        if not is_compiling() and max_norm is None and not scale_grad_by_freq and not sparse:
-            output = _embedding(input, weight, padding_idx)
-            if output is not None:
-                return output
-        return _F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:

@@ -18,9 +18,9 @@ from nnfast import __main__, backend, nn, optim
 
 OURS = {
     "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "CrossEntropyLoss", "LinearCrossEntropyLoss"}
-    | {"Embedding", "TransformerEncoderLayer", "functional", "utils"},
+    | {"TransformerEncoderLayer", "functional", "utils"},
     "nn.functional": {"layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy"}
-    | {"embedding", "scaled_dot_product_attention"},
+    | {"scaled_dot_product_attention"},
     "optim": {"Adam", "AdamW", "RMSprop", "SGD"},
 }
 

@@ -296,10 +296,8 @@ void go_before_torchs() {
 
 }  // namespace
 
-bool is_large(int64_t bytes) { return bytes >= large; }
-
 ForTorch::ForTorch(int64_t bytes) : before_(awaited) {
-  awaited = is_large(bytes) ? bytes : 0;
+  awaited = bytes >= large ? bytes : 0;
   if (awaited) go_before_torchs();
 }
 ForTorch::~ForTorch() { awaited = before_; }

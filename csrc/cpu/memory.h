@@ -15,9 +15,6 @@ namespace nnfast {
 // As at::empty; small blocks are at::empty's.
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype);
 
-// Whether empty() takes so many bytes from here.
-bool is_large(int64_t bytes);
-
 // While one lives, the first memory of just so many bytes that torch takes on this thread comes as empty()'s does: the
 // output of its op. (What oneDNN takes for itself afterwards has to be torch's.)
 class ForTorch {
