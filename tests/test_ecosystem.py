@@ -141,12 +141,14 @@ def test_attention(name, cpu_kernels):
     torch.testing.assert_close(loss_of(model, inputs), loss_of(plain, inputs))
 
 
+@pytest.mark.torch_serves
 def test_attention_that_is_not_sdpa():
     model = nnfast.accelerate(gpt2(attn_implementation="eager"))
     assert not attentions(model) and not any("takes it" in why for _, why in nnfast.report(model).left)
 
 
-def test_dropout_of_attention_is_torchs(cpu_kernels):
+@pytest.mark.torch_serves
+def test_dropout_of_attention_is_torchs():
     """S1: the same numbers from the same generator."""
     plain = hf("Bert", "ForMaskedLM", vocab_size=50, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
     model, inputs, losses = nnfast.accelerate(copy.deepcopy(plain)), tokens(), []
