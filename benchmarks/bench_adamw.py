@@ -47,6 +47,9 @@ LARGE = {
 }
 
 
+GOALS = ("10000 of 64", "10 of 16.8M", "GPT-2")  # what a GPU's figures are judged by
+
+
 def models(device: str) -> dict:
     return MODELS if device == "cpu" else MODELS | LARGE
 
@@ -86,6 +89,8 @@ def task(case: Case, compile: bool = False) -> Task:
     params, moments = [p.clone().requires_grad_() for p in start], {"exp_avg": {}, "exp_avg_sq": {}}
     for p, g in zip(params, grads, strict=True):
         p.grad = g
+    # torch refuses to capture the step of any other.
+    options = OPTIONS | ({"capturable": True} if case.graph and case.device == "cuda" else {})
     small = [i for i, p in enumerate(start) if p.numel() < 1_000_000][:100]
 
     def stepper(build):
@@ -93,10 +98,10 @@ def task(case: Case, compile: bool = False) -> Task:
         checked = [start[i].clone().requires_grad_() for i in small]
         for p, i in zip(checked, small, strict=True):
             p.grad = grads[i]
-        optimizer = build(checked, **OPTIONS)
+        optimizer = build(checked, **options)
         for _ in range(CHECKED):
             optimizer.step()
-        optimizer = build(params, **OPTIONS)
+        optimizer = build(params, **options)
         optimizer.step()
         for p in params:
             for name in ("exp_avg", "exp_avg_sq"):

@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils import clip_grads_with_norm_ as _clip_grads_with_norm_
 from torch.nn.utils import get_total_norm as _get_total_norm
 
-from nnfast import backend
+from nnfast import backend, portable
 
 
 def __getattr__(name: str):
@@ -27,6 +27,16 @@ def total_norm(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, T
         return norm, norm
     dtypes = {t.dtype for t in tensors}
     return exact.to(functools.reduce(torch.promote_types, dtypes)), exact
+
+
+def clip_coef(
+    tensors: list[Tensor], max_norm: float, grad_scale: Tensor | None = None, scales: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    """On a GPU, in one launch and without waiting: their norm, divided by ``grad_scale``, and what they are to be
+    multiplied by; and with ``scales``, in another launch, they are. None where it is torch's."""
+    if not tensors or tensors[0].device.type == "cpu" or is_compiling():
+        return None
+    return (backend.native or portable).clip_coef(tensors, max_norm, grad_scale, scales)
 
 
 def _check_finite(norm: Tensor, tensors: list[Tensor], norm_type: float) -> None:
@@ -80,7 +90,12 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
                 return _torch.clip_grad_norm_((p for p in ()), max_norm, norm_type, error_if_nonfinite, foreach)
         grads = [p.grad for p in parameters if p.grad is not None]
         exact = None
-        if grads and backend.native is not None and not is_compiling():
+        # An error comes before anything is changed, so a norm that may raise is waited for.
+        if norm_type == 2 and isinstance(max_norm, (int, float)) and not error_if_nonfinite:
+            found = clip_coef(grads, float(max_norm), scales=True)
+            if found is not None:
+                return found[0]
+        if grads and grads[0].device.type == "cpu" and backend.native is not None and not is_compiling():
             exact = backend.native.total_norm(grads, float(norm_type))
         if exact is None:
             if grads:
