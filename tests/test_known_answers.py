@@ -77,9 +77,7 @@ def test_a_wrong_kernel_is_torchs(asked, monkeypatch):
     """One warning; the results are torch's, and the other ops and dtypes are still ours. It is not kept as right."""
     real = torch.nn.functional.layer_norm
     monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda *a, **k: real(*a, **k) * 1.1)  # seen from there
-    with pytest.warns(
-        UserWarning, match=r"cpu's kernel of layer_norm in float32 fails its known-answer test on cpu .*Te"
-    ):
+    with pytest.warns(UserWarning, match="cpu's kernel of layer_norm in float32 fails its known-answer test on cpu"):
         layer_norm()
     monkeypatch.setattr(torch.nn.functional, "layer_norm", real)
     backend_calls = backend.native.paths()["layer_norm"]

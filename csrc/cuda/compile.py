@@ -4,8 +4,8 @@ architecture on a machine that need have no GPU.
 The script prints what the compiler and the machine code say, kernel by kernel, and fails where one spills registers,
 has a stack frame, has its matrix instructions serialised, lost its 16-byte accesses, converts number by number or, for
 LayerNorm, issues for longer than its bytes take; and where the host code beside the kernels does not compile against
-torch's headers: this torch's, and those of the folders that are named. What it needs it takes from the machine (CUDA_HOME, nvcc
-on the PATH, /usr/local/cuda) or, where that has no CUDA 13, from PyPI into ``build/``.
+torch's headers: this torch's, and those of the folders that are named. What it needs it takes from the machine
+(CUDA_HOME, nvcc on the PATH, /usr/local/cuda) or, where that has no CUDA 13, from PyPI into ``build/``.
 """
 
 import os
@@ -217,8 +217,8 @@ BYTES_A_CLOCK, SLOTS_A_CLOCK = 16.4, 4
 
 
 def row_clocks(mangled: str, instructions: int) -> tuple[float, float] | None:
-    """LayerNorm forward in bfloat16 over full rows, which issues most for its bytes: the clocks of a multiprocessor that
-    a row's instructions take, and its bytes. The kernel runs straight through, so each instruction counts once."""
+    """LayerNorm forward in bfloat16 over full rows, which issues most for its bytes: the clocks of a multiprocessor
+    that a row's instructions take, and its bytes. The kernel runs straight through, so each instruction counts once."""
     held = re.search(r"layer_norm_fwd_kernelI13__nv_bfloat16S\w*_NS\w*_4HeldILi(\d+)ELi(\d+)EEELb1ELb1EE", mangled)
     if held is None:
         return None
@@ -317,9 +317,7 @@ def main() -> int:
         table.add_row(*row)
     for name, issue, memory in sorted(rows_issued, key=lambda r: r[2]):
         held = "x".join(re.search(r"HeldILi(\d+)ELi(\d+)", name).groups())
-        console.print(
-            f"LayerNorm forward, bf16, a row of {held}: {issue:.0f} clocks to issue, {memory:.0f} for its bytes"
-        )
+        console.print(f"LayerNorm forward, bf16, {held} a row: {issue:.0f} clocks to issue, {memory:.0f} for its bytes")
     console.print(table, f"{time.perf_counter() - start:.0f} s")
     for failure in failures:
         console.print(failure, style="red", markup=False, soft_wrap=True)

@@ -14,7 +14,6 @@
 #include <limits>
 
 #include "../cpu/memory.h"
-#include "ahead.h"
 #include "gate.h"
 #include "optimizer.h"
 #include "paths.h"
@@ -94,22 +93,20 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// linear(input, weight, bias, follower), the last one a Follower or None
+// linear(input, weight, bias)
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 4) return wrong_arguments("linear(input, weight, bias, follower)");
+  if (count != 3) return wrong_arguments("linear(input, weight, bias)");
   if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
   if (!open(kLinear, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
       !covers_linear(input, weight, bias))
     Py_RETURN_NONE;
-  std::shared_ptr<Follower> follower;
-  if (any_needs_grad(input, weight, bias)) follower = py::cast<std::shared_ptr<Follower>>(py::handle(args[3]));
   Tensor output;
   {
     pybind11::gil_scoped_release no_gil;
-    output = linear_followed(input, weight, bias, follower);
+    output = nnfast::linear(input, weight, bias);
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
@@ -274,8 +271,8 @@ PyObject* py_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Plain dense tensors on one device, as the functions below take them.
-bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty) {
+// Plain dense tensors on one device, as the functions below take them, and the dtype that all of them fit in.
+bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty, at::ScalarType& dtype) {
   if (!PyList_Check(list) || !PyList_GET_SIZE(list) || !ordinary_thread()) return false;
   out.reserve(PyList_GET_SIZE(list));
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
@@ -285,22 +282,26 @@ bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty) {
     if (!served(kTotalNorm, t) || !ordinary(t) || !covers_clip(t)) return false;
     if (i && t.device() != out.tensors()[0].device()) return false;
     any_empty = any_empty || t.numel() == 0;
+    dtype = i ? at::promote_types(dtype, t.scalar_type()) : t.scalar_type();
     out.add(t);
   }
   return true;
 }
-// total_norm(tensors, norm_type): their norm in float64, or None where it is torch's.
+// total_norm(tensors, norm_type): their norm in the dtype that all of them fit in, and in float64; or None where it is
+// torch's.
 PyObject* py_total_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   double norm_type;
   if (count != 2 || !unpack_double(args[1], norm_type)) return wrong_arguments("total_norm(tensors, norm_type)");
   Borrowed tensors;
   bool any_empty = false;
+  at::ScalarType dtype;
   const bool largest = norm_type == std::numeric_limits<double>::infinity();
-  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors, any_empty) ||
+  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors, any_empty, dtype) ||
       (largest && (any_empty || !tensors.tensors()[0].is_cpu())))
     Py_RETURN_NONE;  // the largest of nothing is torch's error
-  return THPVariable_Wrap(total_norm(tensors.tensors(), norm_type));
+  const Tensor exact = total_norm(tensors.tensors(), norm_type);
+  return py::make_tuple(exact.to(dtype), exact).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -311,8 +312,9 @@ PyObject* py_scale_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2 || !unpack_double(args[1], factor)) return wrong_arguments("scale_(tensors, factor)");
   Borrowed tensors;
   bool any_empty = false;
-  if (!read_tensors(args[0], tensors, any_empty) || !tensors.tensors()[0].is_cpu()) Py_RETURN_FALSE;
-  if (factor != 1) scale_(tensors.tensors(), factor);
+  at::ScalarType dtype;
+  if (!read_tensors(args[0], tensors, any_empty, dtype) || !tensors.tensors()[0].is_cpu()) Py_RETURN_FALSE;
+  scale_(tensors.tensors(), factor);
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
@@ -325,7 +327,9 @@ PyObject* py_clip_coef(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 4) return wrong_arguments("clip_coef(tensors, max_norm, grad_scale, scales)");
   Borrowed tensors;
   bool any_empty = false;
-  if (!unpack_double(args[1], max_norm) || !is_plain_or_none(args[2]) || !read_tensors(args[0], tensors, any_empty) ||
+  at::ScalarType dtype;
+  if (!unpack_double(args[1], max_norm) || !is_plain_or_none(args[2]) ||
+      !read_tensors(args[0], tensors, any_empty, dtype) ||
       tensors.tensors()[0].is_cpu() ||
       (args[2] != Py_None && THPVariable_Unpack(args[2]).device() != tensors.tensors()[0].device()))
     Py_RETURN_NONE;
@@ -490,12 +494,5 @@ PyMODINIT_FUNC NNFAST_INIT() {
   PyObject* const m = PyModule_Create(&module);
   if (!m) return nullptr;
   PyModule_AddStringConstant(m, "built_for", TORCH_VERSION);
-  // Made by a module for itself: it learns which GELU reads its output.
-  py::class_<Follower, std::shared_ptr<Follower>>(py::reinterpret_borrow<py::module_>(m), "Follower")
-      .def(py::init<>())
-      .def_property_readonly("gelu", [](const Follower& f) -> std::optional<const char*> {
-        if (f.known() == Follower::none_known) return std::nullopt;
-        return f.known() == Follower::tanh ? "tanh" : "none";
-      });
   return m;
 }

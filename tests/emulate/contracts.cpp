@@ -10,6 +10,7 @@
 #include "ops/adamw.cpp"
 #include "ops/clip_grad.cpp"
 #include "ops/layer_norm.cpp"
+#include "ops/linear.cpp"
 #include "ops/linear_gelu.cpp"
 #include "ops/optimizer.cpp"
 #include "ops/rmsprop.cpp"
