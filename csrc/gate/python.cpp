@@ -329,8 +329,7 @@ PyObject* py_clip_coef(PyObject*, PyObject* const* args, Py_ssize_t count) {
   bool any_empty = false;
   at::ScalarType dtype;
   if (!unpack_double(args[1], max_norm) || !is_plain_or_none(args[2]) ||
-      !read_tensors(args[0], tensors, any_empty, dtype) ||
-      tensors.tensors()[0].is_cpu() ||
+      !read_tensors(args[0], tensors, any_empty, dtype) || tensors.tensors()[0].is_cpu() ||
       (args[2] != Py_None && THPVariable_Unpack(args[2]).device() != tensors.tensors()[0].device()))
     Py_RETURN_NONE;
   const auto [norm, coef] = clip_coef(tensors.tensors(), max_norm, optional_tensor(args[2]));
