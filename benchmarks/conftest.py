@@ -39,13 +39,13 @@ def pytest_generate_tests(metafunc):
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
     cases = module.cases("cuda" if device == "rehearsal" else device)
-    if device == "rehearsal":
-        cases = list(dict.fromkeys(rehearsal.case(case) for case in cases))
     if option("--graph") and device != "cpu":
         cases = [dataclasses.replace(case, graph=True) for case in cases]
     if option("--goals"):
         cases = [case for case in cases if case.model in module.GOALS]
         cases.sort(key=lambda case: case.dtype != "bf16")
+    if device == "rehearsal":
+        cases = list(dict.fromkeys(map(rehearsal.case, cases)))
     if option("--resume"):
         there = harness.measured(results(metafunc.config, cases[0].device) / f"{module.OP}.csv")
         cases = [case for case in cases if case.key not in there]
