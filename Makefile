@@ -41,8 +41,9 @@ CPP := $(filter-out %.py %.map,$(filter csrc/%,$(SOURCES))) $(wildcard tests/emu
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
 
+# Threads that wait asleep: beside other work on the machine, spinning ones make the tests several times as slow.
 test: $(TOOLS)
-	$(PYTHON) -m pytest
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest
 
 bench: $(TOOLS)
 	$(PYTHON) -m pytest benchmarks --benchmark-only -q --compile
