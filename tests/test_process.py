@@ -222,7 +222,6 @@ def test_what_was_not_needed_for_long_is_given_back():
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
 @pytest.mark.served_in_children
-@pytest.mark.xfail(reason="kept memory is not given back where torch's own allocation finds none", strict=False)
 def test_no_memory_left():
     """Kept memory is given back before a call fails, and the error is torch's."""
     assert run_script(NO_MEMORY).split() == ["kept", "given", "torchs"]
@@ -240,7 +239,8 @@ def keep():
 keep()
 print("kept")
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, taken + 2**26))
+# Less than what is asked for next; threads' own heaps take some of it, 64 MB each.
+resource.setrlimit(resource.RLIMIT_AS, (taken + 3 * 2**26, taken + 3 * 2**26))
 assert F.gelu(wider)[::4096].eq(0).all()
 print("given")
 nnfast.empty_cache()
