@@ -119,8 +119,7 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     torch.nn.LayerNorm)`` holds as before. Only this model is touched, a second call changes nothing, and
     :func:`restore` undoes it.
 
-    A Linear learns from its first call whether a GELU reads its output, and from then on computes the GELU with it.
-    :func:`report` says what was done and what was learned.
+    :func:`report` says what was done.
 
     Returns:
         The same model.
@@ -142,7 +141,6 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         was = module.__dict__.get(_WAS)
         if was is not None and type(module) is _class_for(was):
             del module.__dict__[_WAS]
-            F.forget(module)
             module.__class__ = was
     return model
 
@@ -199,9 +197,9 @@ def report(model: torch.nn.Module) -> Report:
 
 
 def _served(module: torch.nn.Module) -> str:
-    kind, gelu = type(module), F.learned(module)
+    kind = type(module)
     if isinstance(module, (*_OURS.values(), nn.LinearGELU)) or kind is _class_for(module.__dict__.get(_WAS, object)):
-        return module._get_name() + (f", and the GELU that reads it, approximate={gelu!r}" if gelu else "")
+        return module._get_name()
     return ""
 
 

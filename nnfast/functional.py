@@ -4,8 +4,6 @@ Each asks the gate in ``csrc/gate/python.cpp``, which answers with the result, o
 Under ``torch.compile``, export and scripting the plain torch ops are handed on: the compiler fuses them itself.
 """
 
-import copyreg
-
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -21,9 +19,6 @@ def _torchs(*_) -> None:
 
 
 _ours = native or portable
-_Follower = _ours.Follower
-# A copy of a module, and one from a file, learn anew.
-copyreg.pickle(_Follower, lambda _: (_new_follower, ()))
 _layer_norm, _gelu = _ours.layer_norm, _ours.gelu
 _linear, _linear_gelu = _ours.linear, _ours.linear_gelu
 _cross_entropy = native.cross_entropy if native else _torchs
@@ -79,12 +74,8 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     """
     if out is not None:
         return _F.gelu(input, approximate=approximate, out=out)
-    if not is_compiling():
-        output = _gelu(input, approximate)
-        if output is not None:
-            return output
-        torch_serves("gelu")
-    return _F.gelu(input, approximate=approximate)
+    output = gelu_if_ours(input, approximate)
+    return _F.gelu(input, approximate=approximate) if output is None else output
 
 
 def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
@@ -114,46 +105,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: torch's own, for shapes or dtypes that do not fit.
     """
-    if not is_compiling():
-        output = _linear(input, weight, bias, None)
-        if output is not None:
-            return output
-        torch_serves("linear")
-    return _F.linear(input, weight, bias)
+    output = linear_if_ours(input, weight, bias)
+    return _F.linear(input, weight, bias) if output is None else output
 
 
-def _new_follower():
-    return _Follower()
-
-
-# The name in a module's __dict__ of what has learned which GELU reads its output.
-_FOLLOWER = "_nnfast_follower"
-
-
-def linear_of(module: torch.nn.Module, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """:func:`linear` of a module's own weights, or None where the call is torch's.
-
-    What reads the result is learned. From the second call on, a GELU that does is computed together with it.
-    """
+def linear_if_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """:func:`linear`, or None where the call is torch's."""
     if is_compiling():
         return None
-    follower = module.__dict__.get(_FOLLOWER)
-    if follower is None:
-        follower = module.__dict__[_FOLLOWER] = _Follower()
-    output = _linear(input, weight, bias, follower)
+    output = _linear(input, weight, bias)
     if output is None:
         torch_serves("linear")
     return output
-
-
-def learned(module: torch.nn.Module) -> str | None:
-    """The ``approximate`` of the GELU that is computed with ``module``'s output."""
-    return getattr(module.__dict__.get(_FOLLOWER), "gelu", None)
-
-
-def forget(module: torch.nn.Module) -> None:
-    """Undo what :func:`linear_of` left on a module."""
-    module.__dict__.pop(_FOLLOWER, None)
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:

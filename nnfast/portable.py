@@ -116,12 +116,8 @@ def gelu(input, approximate) -> None:
     """torch's own is bound by memory, and cheaper to launch."""
 
 
-def linear(input, weight, bias, follower) -> None:
+def linear(input, weight, bias) -> None:
     """torch's own is the library's."""
-
-
-class Follower:
-    """Learns nothing, as nothing is computed ahead here."""
 
 
 def linear_gelu(input, weight, bias, approximate) -> Tensor | None:

@@ -124,7 +124,7 @@ def test_report(cpu_kernels):
     nnfast.accelerate(model)
     model(torch.randn(3, 5, 8))
     report = nnfast.report(model)
-    assert ("0", "Linear, and the GELU that reads it, approximate='none'") in report.served
+    assert ("0", "Linear") in report.served
     assert ("2", "LayerNorm") in report.served and re.search(r"served: 2 +LayerNorm\n", str(report))
     assert [name for name, _ in report.left] == ["4", "5"]
 
@@ -251,13 +251,20 @@ class InPlace(MLP):
         return self.gelu(self.c_fc(x).mul_(2))
 
 
+class Written(MLP):
+    def forward(self, x):
+        h = self.c_fc(x)
+        h.data[0, 3] = 5  # which no version counts
+        return self.gelu(h)
+
+
 class Keyed(MLP):
     def forward(self, x):
         return self.c_proj(self.gelu(input=self.c_fc(input=x)))
 
 
-def counts(path="gelu.taken_ahead"):
-    return native.paths()[path]
+def counts():
+    return native.paths()["linear_backward.sums_found"]
 
 
 def run(model, x, gradient=True):
@@ -276,21 +283,16 @@ def assert_same(model, plain, x, gradient=True):
     torch.testing.assert_close(run(model, x, gradient), run(plain, x, gradient), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [MLP, Method, Branch, Count, Read, Twice, Keyed, Between, InPlace, Function])
+@pytest.mark.parametrize("kind", [MLP, Method, Branch, Count, Read, Twice, Keyed, Between, InPlace, Function, Written])
 def test_a_gelu_that_reads_a_linear(kind, cpu_kernels):
-    """Learned in the first call and computed with the Linear from then on, in training and in evaluation."""
+    """However the one comes to the other; the bias's sums are handed over where the GELU alone reads it."""
     model = kind()
     plain = copy.deepcopy(model)
     nnfast.accelerate(model)
-    fused = kind not in (Between, InPlace, Function)
     x = torch.randn(3, 8)
     before = counts()
-    first = run(model, x)
-    assert (counts() == before) or kind is Twice
-    again = run(model, x)
-    assert (counts() > before) == fused or kind is Between
-    if kind is not Between:
-        torch.testing.assert_close(first, again, rtol=0, atol=0)  # what is learned changes no digit
+    run(model, x)
+    assert (counts() > before) == (kind not in (Read, Between, InPlace, Function))
     for training in (True, False):
         assert_same(model.train(training), plain.train(training), x)
         assert_same(model, plain, x, gradient=False)
@@ -298,10 +300,8 @@ def test_a_gelu_that_reads_a_linear(kind, cpu_kernels):
         y = model(x)
         torch.testing.assert_close(y, plain(x))
         assert y.is_inference()
-    what = dict(nnfast.report(model).served)["c_fc"]
-    assert ("GELU that reads it" in what) == fused or kind in (Between, InPlace)
     if kind is Count:
-        assert model.calls == plain.calls + 2
+        assert model.calls == plain.calls + 1
 
 
 def test_the_graph_is_torchs_two_nodes(cpu_kernels):
@@ -403,9 +403,8 @@ def test_the_gradient_of_what_is_between(cpu_kernels):
     """`autograd.grad(loss, h)`, a change after the GELU has read, a second backward, the second derivative."""
     model, x = nnfast.accelerate(MLP()).double(), torch.randn(6, 8, dtype=torch.double, requires_grad=True)
     run(model, x.detach())
-    with served("gelu.taken_ahead"):
-        h = model.c_fc(x)
-        loss = model.gelu(h).square().sum()
+    h = model.c_fc(x)
+    loss = model.gelu(h).square().sum()
     exact = torch.autograd.grad(TF.gelu(h).square().sum(), (h, model.c_fc.bias), retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, h, retain_graph=True)[0], exact[0])
     for _ in range(2):
@@ -425,7 +424,7 @@ def test_sums_of_a_gradient_that_is_not_the_gelus_alone(cpu_kernels):
     plain = nnfast.restore(copy.deepcopy(model))
     with served("linear_backward.sums_found"):
         run(model, x)
-    before = counts("linear_backward.sums_found")
+    before = counts()
     results = []
     for m in (model, plain):
         m.zero_grad()
@@ -433,38 +432,12 @@ def test_sums_of_a_gradient_that_is_not_the_gelus_alone(cpu_kernels):
         (m.gelu(h).square().sum() + h.square().sum()).backward()
         results.append(m.c_fc.bias.grad)
     torch.testing.assert_close(*results)
-    assert counts("linear_backward.sums_found") == before
-
-
-def test_what_nobody_asks_for_is_unlearned(cpu_kernels):
-    """A Linear whose GELU went elsewhere computes one for nothing, and no more."""
-    model, x = nnfast.accelerate(MLP()), torch.randn(3, 8, requires_grad=True)
-    for _ in range(2):
-        model(x)
-    before = counts("linear.with_gelu")
-    for _ in range(5):
-        model.c_fc(x).relu()
-    assert counts("linear.with_gelu") == before + 1
-    for _ in range(40):
-        model.c_fc(x).relu()
-        model.gelu(model.c_fc(x))
-    assert counts("linear.with_gelu") <= before + 6
-    h = weakref.ref(model.gelu(model.c_fc(x)))
-    gc.collect()
-    assert h() is None
+    assert counts() == before
 
 
 def test_nothing_is_kept_that_nobody_reads(cpu_kernels):
-    """Without gradients nothing is computed ahead; frozen weights keep no input, as torch's do not."""
+    """Frozen weights keep no input, as torch's do not."""
     model, x = nnfast.accelerate(MLP()), torch.randn(3, 8, requires_grad=True)
-    for _ in range(2):
-        model(x)
-    before = counts("linear.with_gelu")
-    with torch.no_grad():
-        model(x)
-    with torch.inference_mode():
-        model(x)
-    assert counts("linear.with_gelu") == before
     model.requires_grad_(False)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
@@ -544,17 +517,13 @@ def test_dtypes_and_autocast(dtype, autocast):
 
 
 def test_checkpoint_and_threads(cpu_kernels):
-    """G6: recomputed, whatever was learned between a forward and its recomputation; in two threads at once."""
+    """G6: recomputed; in two threads at once."""
     model = Block()
     plain = copy.deepcopy(model)
     nnfast.accelerate(model)
     x = torch.randn(2, 3, 8)
     for reentrant in (True, False, True, False):
         assert_same(checkpointed(model, reentrant), checkpointed(plain, reentrant), x)
-    fresh = nnfast.accelerate(copy.deepcopy(plain))
-    y = checkpoint(fresh, x.clone().requires_grad_(), use_reentrant=False)
-    fresh(x)  # learned here
-    y.sum().backward()
     failed = []
 
     def work(seed):
@@ -752,7 +721,7 @@ def test_gelus_of_transformers(name, cpu_kernels):
     x = torch.randn(3, 8) * 8
     for _ in range(2):
         assert_same(model, plain, x)
-    with served("gelu.taken_ahead"):
+    with served("linear_backward.sums_found"):
         assert_same(model.eval(), plain.eval(), x)
     again = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(again(x), plain(x))
@@ -810,6 +779,6 @@ def test_encoder(cpu_kernels):
     x = torch.randn(2, 5, 16)
     for _ in range(2):
         assert_same(model, plain, x)
-    with served("gelu.taken_ahead"):
+    with served("linear_backward.sums_found"):
         assert_same(model, plain, x)
     assert len(nnfast.report(model).served) == 2 * 5 + 1

@@ -73,7 +73,6 @@ ELSEWHERE += (
     "adamw_.",
     "linear.",
     "linear_backward.",
-    "gelu.taken_ahead",
     "step.without_gil",
     "product.turned",
 )

@@ -14,7 +14,6 @@
 #include <limits>
 
 #include "../cpu/memory.h"
-#include "ahead.h"
 #include "gate.h"
 #include "optimizer.h"
 #include "paths.h"
@@ -94,22 +93,20 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// linear(input, weight, bias, follower), the last one a Follower or None
+// linear(input, weight, bias)
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  if (count != 4) return wrong_arguments("linear(input, weight, bias, follower)");
+  if (count != 3) return wrong_arguments("linear(input, weight, bias)");
   if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
   if (!open(kLinear, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
       !covers_linear(input, weight, bias))
     Py_RETURN_NONE;
-  std::shared_ptr<Follower> follower;
-  if (any_needs_grad(input, weight, bias)) follower = py::cast<std::shared_ptr<Follower>>(py::handle(args[3]));
   Tensor output;
   {
     pybind11::gil_scoped_release no_gil;
-    output = linear_followed(input, weight, bias, follower);
+    output = nnfast::linear(input, weight, bias);
   }
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
@@ -451,12 +448,5 @@ PyMODINIT_FUNC NNFAST_INIT() {
   PyObject* const m = PyModule_Create(&module);
   if (!m) return nullptr;
   PyModule_AddStringConstant(m, "built_for", TORCH_VERSION);
-  // Made by a module for itself: it learns which GELU reads its output.
-  py::class_<Follower, std::shared_ptr<Follower>>(py::reinterpret_borrow<py::module_>(m), "Follower")
-      .def(py::init<>())
-      .def_property_readonly("gelu", [](const Follower& f) -> std::optional<const char*> {
-        if (f.known() == Follower::none_known) return std::nullopt;
-        return f.known() == Follower::tanh ? "tanh" : "none";
-      });
   return m;
 }

@@ -1,13 +1,13 @@
 // The contract of Linear: schema, which calls are covered, shapes, autograd, autocast.
+#include "linear.h"
+
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-#include "../gate/ahead.h"
 #include "../gate/paths.h"
-#include "op.h"
 
 namespace nnfast {
 
@@ -119,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_aten(
 
 // ---- autograd ----
 
-Path sums_found("linear_backward.sums_found"), with_gelu("linear.with_gelu");
+Path sums_found("linear_backward.sums_found");
 
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   const Tensor output = [&] {
@@ -170,38 +170,6 @@ void record_linear(const Tensor& output, const Tensor& input, const Tensor& weig
   record(
       make_node<Linear, LinearNode>(input, weight, bias), output,
       {needs_grad(weight) ? input : Tensor(), needs_grad(input) ? weight : Tensor()});
-}
-
-Tensor linear_followed(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, const std::shared_ptr<Follower>& follower) {
-  const auto device = input.device().type();
-  const auto gelu =
-      follower && input.is_cpu() && any_needs_grad(input, weight, bias) ? follower->guess() : Follower::none_known;
-  if (gelu == Follower::none_known) {
-    Tensor output = nnfast::linear(input, weight, bias);
-    auto* const node = follower ? linear_of(output) : nullptr;
-    if (node) node->follow(follower);
-    return output;
-  }
-  with_gelu.taken();
-  // As the dispatcher would: autocast first, then autograd.
-  const bool autocast = at::autocast::is_autocast_enabled(device);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const auto cast = [&](const auto& t) {
-    return autocast ? at::autocast::cached_cast(at::autocast::get_autocast_dtype(device), t, device) : t;
-  };
-  const auto x = cast(input), w = cast(weight);
-  const auto b = cast(bias);
-  Tensor output, pre;
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    std::tie(output, pre) = linear_gelu(x, w, b, gelu == Follower::tanh ? "tanh" : "none");
-  }
-  record_linear(pre, x, w, b);
-  auto* const node = linear_of(pre);
-  node->follow(follower);
-  node->leave_gelu(pre, std::move(output), gelu);
-  return pre;
 }
 
 TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) {

@@ -6,9 +6,7 @@
 #include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
-#include "../gate/ahead.h"
-#include "../gate/paths.h"
-#include "op.h"
+#include "linear.h"
 
 namespace nnfast {
 
@@ -64,18 +62,7 @@ void check_gelu_backward(const Tensor& grad_output, const Tensor& self) {
 
 bool covers_linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
-  if (!covers_gelu(input, approximate) || weight.dim() != 2 || input.dim() < 1) return false;
-  if (input.size(-1) != weight.size(1) || weight.device() != input.device()) return false;
-  // Without features there is no telling rows from a number of elements.
-  if (weight.numel() == 0) return false;
-  if (defined(bias) && (bias->dim() != 1 || bias->size(0) != weight.size(0) || bias->device() != input.device()))
-    return false;
-  // One dtype, or any that autocast will bring to one: it leaves float64 alone.
-  const auto same = [&](const Tensor& t) { return t.scalar_type() == input.scalar_type(); };
-  if (same(weight) && (!defined(bias) || same(*bias))) return true;
-  const auto cast = [&](const Tensor& t) { return known_dtype(t.scalar_type()) && t.scalar_type() != at::kDouble; };
-  return at::autocast::is_autocast_enabled(input.device().type()) && cast(input) && cast(weight) &&
-         (!defined(bias) || cast(*bias));
+  return covers_gelu(input, approximate) && covers_linear(input, weight, bias);
 }
 
 namespace {
@@ -137,22 +124,12 @@ Tensor recorded_gelu(Tensor output, const Tensor& self, bool tanh) {
   return output;
 }
 
-Path taken_ahead("gelu.taken_ahead");
-
 Tensor gelu_autograd(const Tensor& self, c10::string_view approximate) {
-  const bool tanh = approximate == "tanh";
-  Tensor output;
-  if (auto* const linear = linear_of(self)) {
-    const auto gelu = tanh ? Follower::tanh : Follower::erf;
-    output = linear->take_gelu(self, gelu);
-    if (output.defined()) taken_ahead.taken();
-    if (linear->follower()) linear->follower()->read_by(gelu);
-  }
-  if (!output.defined()) {
+  const Tensor output = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    output = nnfast::gelu(self, approximate);
-  }
-  return any_needs_grad(self) ? recorded_gelu(std::move(output), self, tanh) : output;
+    return nnfast::gelu(self, approximate);
+  }();
+  return any_needs_grad(self) ? recorded_gelu(output, self, approximate == "tanh") : output;
 }
 
 // The gradient of the gradient is ATen's, which is differentiable to any order.

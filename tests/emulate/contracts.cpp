@@ -9,5 +9,6 @@
 
 #include "ops/adamw.cpp"
 #include "ops/layer_norm.cpp"
+#include "ops/linear.cpp"
 #include "ops/linear_gelu.cpp"
 #include "ops/optimizer.cpp"
