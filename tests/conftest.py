@@ -37,6 +37,8 @@ CONTRACT = contract()
 
 
 def pytest_collection_modifyitems(config, items):
+    for mark in (mark for item in items for mark in item.iter_markers("torch_serves")):
+        assert mark.args and not mark.kwargs, "torch_serves says why"
     if not config.getoption("--shut-gate"):
         return
     shut = [item for item in items if stands_for_a_row(item)]
