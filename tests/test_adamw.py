@@ -573,6 +573,43 @@ def test_mixed_dtypes_in_one_group():
     assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "capturable": True}, {"fused": True}], ids=str)
+def test_a_checkpoint_onto_another_device(options):
+    """A3: as torch lays it out there, steps and all. The other device is one that computes nothing."""
+    params, grads = sample_inputs(torch.float32, [(3, 4), (5,)], steps=1)
+    trained, optimizer = train(optim.AdamW, params, grads, amsgrad=options.get("amsgrad", False))
+    states = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        there = [torch.empty_like(p, device="meta").requires_grad_() for p in trained]
+        resumed = kind(there, **({} if "fused" in options else options))
+        resumed.param_groups[0].update(options)  # torch asks for a GPU when it is made
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0].update(options)
+        resumed.load_state_dict(saved)
+        states.append([{k: (t.device, t.dtype, t.shape) for k, t in resumed.state[p].items()} for p in there])
+    assert states[0] == states[1] and states[0][0]["exp_avg"][0].type == "meta"
+
+
+@pytest.mark.usefixtures("some_kernels")
+def test_mixed_devices():
+    """A7: each where it is; what is on a device without kernels is torch's."""
+    params, grads = sample_inputs(torch.float32, [(3, 4), (5,)], steps=3)
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        here = [p.clone().requires_grad_() for p in params]
+        there = torch.zeros(7, device="meta", requires_grad=True)
+        optimizer = kind([here[0], there, here[1]], lr=0.1, foreach=False)
+        for step in grads:
+            for p, g in zip(here, step, strict=True):
+                p.grad = g.clone()
+            there.grad = torch.zeros(7, device="meta")
+            with served("adamw_") if kind is optim.AdamW else contextlib.nullcontext():
+                optimizer.step()
+        assert optimizer.state[there]["exp_avg"].device.type == "meta" and optimizer.state[there]["step"] == 3
+        results.append(here)
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("foreach", [True, False])
 def test_complex_beside_real(foreach):
     """A7: a group with a complex parameter is torch's."""

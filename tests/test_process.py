@@ -154,6 +154,31 @@ def test_peak_memory(name):
     assert torchs > 0 or name == "adamw"
 
 
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("op", ["layer_norm", "linear", "linear_gelu"])
+def test_no_wasted_work(op):
+    """L9: no memory for a gradient that nobody wants, nor is what only that would read kept for the backward."""
+    torch.use_deterministic_algorithms(False)
+    x, w = torch.randn(64, 4096), torch.randn(512, 4096)
+    x, w = (w, w[0].clone()) if op == "layer_norm" else (x, w)
+    calls = {
+        "layer_norm": lambda x, w: F.layer_norm(x, (4096,), w),
+        "linear": F.linear,
+        "linear_gelu": F.linear_gelu,
+    }
+    saved = []
+    for frozen in (0, 1):
+        args = [t.detach().requires_grad_(i != frozen) for i, t in enumerate((x, w))]
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+            output = calls[op](*args)
+        wanted, grad = args[1 - frozen], torch.ones_like(output)
+        taken = peak(lambda output=output, wanted=wanted, grad=grad: torch.autograd.grad(output, wanted, grad))
+        assert taken < wanted.nbytes + args[frozen].nbytes / 2, (frozen, taken)
+        if op != "layer_norm":
+            assert wanted.data_ptr() not in saved and args[frozen].data_ptr() in saved
+
+
 RESIDENT = """
 import resource, sys, torch
 import nnfast.nn, nnfast.optim

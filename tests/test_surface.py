@@ -81,6 +81,21 @@ def test_import_is_quiet():
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
 
 
+@pytest.mark.served_in_children
+def test_without_triton():
+    """Where nobody has installed it: imported, and ours serve."""
+    code = (
+        "import sys; sys.modules['triton'] = None;"
+        "import torch, nnfast, nnfast.nn.functional as F;"
+        "x = torch.randn(3, 5);"
+        "torch.testing.assert_close(F.layer_norm(x, (5,)), torch.layer_norm(x, (5,)));"
+        "assert nnfast.backend.available('triton');"
+        "assert nnfast.backend.available('cpu') or nnfast.backend.native.paths()['layer_norm'] == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_doctor():
     done = subprocess.run([sys.executable, "-m", "nnfast"], capture_output=True, text=True)
     assert done.returncode == 0 and torch.__version__ in done.stdout
