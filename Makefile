@@ -20,7 +20,7 @@
 
 TORCH := 2.13.0
 # What wheels are built for; a newer torch than the last is met with the kernels for the last (nnfast/selftest.py).
-TORCHES := 2.11.0 2.12.0 2.13.0
+TORCHES := 2.11.0 2.12.0 2.13.0 2.14.1
 PYTHONS := python3.10 python3.11 python3.12 python3.13
 TRITON := 3.6.0
 VENV := .venv

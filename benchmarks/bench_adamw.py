@@ -36,6 +36,7 @@ MODELS = {  # the shapes of a model's own tensors
     "odd": [(), (1,), (17,), (3, 5, 7), (1023,), (0, 3), (33, 65)],
     "1000 of 64x64": [(64, 64)] * 1000,
     "ViT-B/16": _vit(12, 768),
+    "25M": [(4096, 3072)] * 2 + [(64,)],
     "GPT-2": _gpt2(12, 768),
 }
 LARGE = {
@@ -51,9 +52,14 @@ def models(device: str) -> dict:
     return MODELS if device == "cpu" else MODELS | LARGE
 
 
+def total(shapes: list) -> tuple[int, int]:
+    """How many tensors and how many elements."""
+    return len(shapes), sum(torch.Size(s).numel() for s in shapes)
+
+
 def cases(device: str) -> list[Case]:
     return [
-        Case(OP, model, (len(shapes), sum(torch.Size(s).numel() for s in shapes)), dtype, "step", device=device)
+        Case(OP, model, total(shapes), dtype, "step", device=device)
         for model, shapes in models(device).items()
         for dtype in ("fp32", "bf16")
     ]
@@ -80,35 +86,6 @@ def _exact(start: list[torch.Tensor], grads: list[torch.Tensor]) -> list[torch.T
 
 def task(case: Case, compile: bool = False) -> Task:
     """``compile`` changes nothing: compiling a step takes minutes for a model's tensors."""
-    shapes = models(case.device).get(case.model) or [case.shape]
-    make = {"dtype": case.torch_dtype, "device": case.device}
-    start, grads = ([torch.randn(s, **make) for s in shapes] for _ in range(2))
-    params, moments = [p.clone().requires_grad_() for p in start], {"exp_avg": {}, "exp_avg_sq": {}}
-    for p, g in zip(params, grads, strict=True):
-        p.grad = g
-    small = [i for i, p in enumerate(start) if p.numel() < 1_000_000][:100]
-
-    def stepper(build):
-        """A step of all tensors. They and the moments are shared: where memory lies decides about a tenth."""
-        checked = [start[i].clone().requires_grad_() for i in small]
-        for p, i in zip(checked, small, strict=True):
-            p.grad = grads[i]
-        optimizer = build(checked, **OPTIONS)
-        for _ in range(CHECKED):
-            optimizer.step()
-        optimizer = build(params, **OPTIONS)
-        optimizer.step()
-        for p in params:
-            for name in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[p][name] = moments[name].setdefault(p, optimizer.state[p][name])
-        found = [p.detach() for p in checked]
-
-        def step():
-            optimizer.step()
-            return found
-
-        return step
-
     AdamW = torch.optim.AdamW
     providers = {
         "torch": AdamW,
@@ -118,12 +95,54 @@ def task(case: Case, compile: bool = False) -> Task:
     if case.device == "cuda" and importlib.util.find_spec("apex"):
         providers["apex"] = _apex
     providers[OURS] = nnfast.optim.AdamW
-    exact = _exact([start[i] for i in small], [grads[i] for i in small])
+    providers = {name: (lambda params, build=build: build(params, **OPTIONS)) for name, build in providers.items()}
+    return step_task(case, providers, _exact, PASSES)
+
+
+def step_task(case: Case, providers: dict, exact, passes: int) -> Task:
+    """A step of all tensors of ``case.model``.
+
+    Args:
+        providers: name to a function of the parameters, which gives an object with ``step()`` and ``state``.
+        exact: of parameters and their gradients: the parameters in float64 after ``CHECKED`` steps.
+        passes: how often the bytes of the parameters are read or written.
+    """
+    shapes = models(case.device).get(case.model) or [case.shape]
+    make = {"dtype": case.torch_dtype, "device": case.device}
+    start, grads = ([torch.randn(s, **make) for s in shapes] for _ in range(2))
+    params, shared = [p.clone().requires_grad_() for p in start], {}
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    small = [i for i, p in enumerate(start) if p.numel() < 1_000_000][:100]
+
+    def stepper(build):
+        """A step of all tensors. They and their state are shared: where memory lies decides about a tenth."""
+        checked = [start[i].clone().requires_grad_() for i in small]
+        for p, i in zip(checked, small, strict=True):
+            p.grad = grads[i]
+        optimizer = build(checked)
+        for _ in range(CHECKED):
+            optimizer.step()
+        optimizer = build(params)
+        optimizer.step()
+        for p in params:
+            for name, value in optimizer.state[p].items():
+                if name != "step":
+                    optimizer.state[p][name] = shared.setdefault((p, name), value)
+        found = [p.detach() for p in checked]
+
+        def step():
+            optimizer.step()
+            return found
+
+        return step
+
     source = torch.cat([p.flatten() for p in start])
     target = torch.empty_like(source)
     return Task(
-        {name: stepper(build) for name, build in providers.items()}, exact, nbytes=PASSES * source.nbytes, flops=0,
-        ceiling={"copy": lambda: target.copy_(source)}, ceiling_scale=PASSES / 2, names=("parameters",),
+        {name: stepper(build) for name, build in providers.items()},
+        exact([start[i] for i in small], [grads[i] for i in small]), nbytes=passes * source.nbytes, flops=0,
+        ceiling={"copy": lambda: target.copy_(source)}, ceiling_scale=passes / 2, names=("parameters",),
     )  # fmt: skip
 
 

@@ -1,83 +1,81 @@
-"""SGD, RMSprop, Adam, and clipping with a step, beside torch's: ratios of medians, turn by turn in one process.
+"""Adam, SGD, RMSprop, and a clipped step: bytes bound them all.
 
-    python -m nnfast.benchmarks.bench_optimizers [--model "1000 of 64x64"]
-
-Bytes bound all of them; per float32 parameter: clipping's norm 4, SGD with momentum 20, RMSprop 20, Adam 28.
+Per parameter, in its dtype: Adam 7 passes, SGD with momentum 5, RMSprop 5, and what clipping reads before the step 1.
 """
-
-import argparse
-import statistics
-import time
 
 import torch
 
 import nnfast.nn.utils
 import nnfast.optim
-from nnfast.benchmarks.bench_adamw import MODELS
 
-MODELS = {"1000 of 64x64": MODELS["1000 of 64x64"], "25M": [(4096, 3072)] * 2, "GPT-2": MODELS["GPT-2"]}
+from .bench_adamw import CHECKED, models, step_task, total
+from .harness import OURS, Case, Task
 
-
-def contenders() -> dict:
-    """name -> (torch's, ours): each (optimizer class, options, clip before the step)."""
-    ours, torchs = nnfast.optim, torch.optim
-    clip, torchs_clip = nnfast.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_norm_
-    momentum, fused = {"lr": 1e-4, "momentum": 0.9}, {"fused": True}
-    return {
-        "AdamW / fused": ((torchs.AdamW, fused, None), (ours.AdamW, {}, None)),
-        "Adam / fused": ((torchs.Adam, fused, None), (ours.Adam, {}, None)),
-        "SGD momentum / fused": ((torchs.SGD, momentum | fused, None), (ours.SGD, momentum, None)),
-        "RMSprop / default": ((torchs.RMSprop, {}, None), (ours.RMSprop, {}, None)),
-        "clip, AdamW / clip, fused": ((torchs.AdamW, fused, torchs_clip), (ours.AdamW, {}, clip)),
-        "max_grad_norm / clip, fused": ((torchs.AdamW, fused, torchs_clip), (ours.AdamW, {"max_grad_norm": 1e9}, None)),
-    }
+OP = "optimizers"
+MODELS = ("6 tiny", "1000 of 64x64", "25M", "GPT-2")
+#: variant -> the optimizer, its options, how it is clipped, passes over the parameters
+VARIANTS = {
+    "Adam": ("Adam", {"lr": 1e-3}, None, 7),
+    "SGD with momentum": ("SGD", {"lr": 1e-3, "momentum": 0.9}, None, 5),
+    "RMSprop": ("RMSprop", {"lr": 1e-3}, None, 5),
+    "clip_grad_norm_ and AdamW": ("AdamW", {"lr": 1e-3}, "call", 8),
+    "AdamW with max_grad_norm": ("AdamW", {"lr": 1e-3}, "option", 8),
+}
+LIMIT = 1e9  # no gradient is that large, as in most steps of a training that goes well
 
 
-def measure(shapes: list, dtype: torch.dtype, rounds: int) -> dict[str, float]:
-    """name -> torch's time over ours. All share parameters and gradients, and each pair its state."""
-    params = [torch.randn(s, dtype=dtype).requires_grad_() for s in shapes]
-    for p in params:
-        p.grad = torch.randn_like(p)
-    ratios = {}
-    for name, pair in contenders().items():
-        steps, state = [], {}
-        for kind, options, clip in pair:
-            optimizer = kind(params, **options)
+def cases(device: str) -> list[Case]:
+    """On a GPU it is AdamW that is served."""
+    return [
+        Case(OP, model, total(models(device)[model]), "fp32", "step", variant, device)
+        for model in MODELS
+        for variant in VARIANTS
+        if device == "cpu"
+    ]
+
+
+class Clipped:
+    """An optimizer whose gradients are clipped before each step."""
+
+    def __init__(self, optimizer, clip):
+        self.optimizer, self.state, self._clip = optimizer, optimizer.state, clip
+        self._params = optimizer.param_groups[0]["params"]
+
+    def step(self):
+        self._clip(self._params, LIMIT)
+        self.optimizer.step()
+
+
+def task(case: Case, compile: bool = False) -> Task:
+    """``compile`` changes nothing, as in bench_adamw."""
+    name, options, clip, passes = VARIANTS[case.variant]
+
+    def torchs(**more):
+        def build(params):
+            optimizer = getattr(torch.optim, name)(params, **options, **more)
+            return Clipped(optimizer, torch.nn.utils.clip_grad_norm_) if clip else optimizer
+
+        return build
+
+    def ours(params):
+        more = {"max_grad_norm": LIMIT} if clip == "option" else {}
+        optimizer = getattr(nnfast.optim, name)(params, **options, **more)
+        return Clipped(optimizer, nnfast.nn.utils.clip_grad_norm_) if clip == "call" else optimizer
+
+    def exact(start, grads):
+        params = [p.double().requires_grad_() for p in start]
+        for p, g in zip(params, grads, strict=True):
+            p.grad = g.double()
+        optimizer = getattr(torch.optim, name)(params, **options, foreach=False)
+        for _ in range(CHECKED):
             optimizer.step()
-            for p in params:
-                for key, value in optimizer.state[p].items():
-                    if key != "step":
-                        optimizer.state[p][key] = state.setdefault((p, key), value)
+        return [p.detach() for p in params]
 
-            def step(optimizer=optimizer, clip=clip):
-                if clip:
-                    clip(params, 1e9)
-                optimizer.step()
-
-            steps.append(step)
-        times = [[], []]
-        for _ in range(rounds):
-            for step, found in zip(steps, times, strict=True):
-                start = time.perf_counter()
-                step()
-                found.append(time.perf_counter() - start)
-        torchs, ours = (statistics.median(t) for t in times)
-        ratios[name] = torchs / ours
-        print(f"  {name:30} {torchs * 1e3:8.2f} ms {ours * 1e3:8.2f} ms  {ratios[name]:.2f}x")
-    return ratios
+    providers = {"torch": torchs()}
+    if name != "RMSprop":  # torch has none
+        providers["torch fused"] = torchs(fused=True)
+    return step_task(case, providers | {OURS: ours}, exact, passes)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", choices=MODELS)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--rounds", type=int, default=9)
-    args = parser.parse_args()
-    for model, shapes in MODELS.items():
-        if args.model in (None, model):
-            print(model, args.dtype)
-            measure(shapes, getattr(torch, args.dtype), args.rounds)
-
-
-if __name__ == "__main__":
-    main()
+def test_optimizers(case, race):
+    race(case, task)

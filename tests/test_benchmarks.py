@@ -14,11 +14,12 @@ from nnfast.benchmarks import (
     bench_cross_entropy,
     bench_layer_norm,
     bench_linear_gelu,
+    bench_optimizers,
     harness,
     report,
 )
 
-MODULES = (bench_layer_norm, bench_linear_gelu, bench_cross_entropy, bench_adamw, bench_attention)
+MODULES = (bench_layer_norm, bench_linear_gelu, bench_cross_entropy, bench_adamw, bench_attention, bench_optimizers)
 ROOT = Path(__file__).parents[1]
 
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+import nnfast
 import nnfast.nn as nn
 import nnfast.optim as optim
 from nnfast import backend
@@ -96,6 +97,71 @@ def fsdp2(_):
         results.append(full(model))
     same(*results)
     assert not all(torch.equal(a, b) for a, b in zip(results[0], full(build(True)), strict=True))
+
+
+def accelerated(_):
+    """X3: swapped before or after it is sharded, and restored, it trains as torch does; FSDP keeps its classes."""
+    results = []
+    for when in ("never", "before", "after"):
+        model = build(False)
+        if when == "before":
+            nnfast.accelerate(model)
+        model = shard(model)
+        sharded = [type(m) for m in model.modules()]
+        if when == "after":
+            nnfast.accelerate(model)
+        optimizer = adamw(False, model)
+        before = backend.native.paths()["linear"]
+        for step in range(4):
+            if step == 2:
+                nnfast.restore(model)
+            torch.manual_seed(100 * step + dist.get_rank())
+            model(torch.randn(4, 7)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert (backend.native.paths()["linear"] > before) == (when == "before")
+        assert [type(m) for m in model.modules()] == sharded
+        results.append(full(model))
+    same(results[0], results[1])
+    same(results[0], results[2])
+
+
+def clipped(_):
+    """The norm is over all ranks: as an option of AdamW's, as a call of ours, and as torch's call."""
+    results, norms = [], []
+    for how in ("torch", "ours", "max_grad_norm"):
+        model = shard(build(how != "torch"))
+        if how == "max_grad_norm":
+            optimizer = optim.AdamW(model.parameters(), lr=0.05, weight_decay=0.1, max_grad_norm=0.01)
+        else:
+            optimizer = adamw(how == "ours", model)
+        clip = (torch.nn if how == "torch" else nn).utils.clip_grad_norm_
+        norms.append([])
+        for step in range(3):
+            torch.manual_seed(100 * step + dist.get_rank())
+            model(torch.randn(4, 7)).square().mean().backward()
+            norm = None if how == "max_grad_norm" else clip(model.parameters(), 0.01)
+            optimizer.step()
+            norm = optimizer.grad_norm if norm is None else norm
+            norms[-1].append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            optimizer.zero_grad()
+        results.append(full(model))
+    assert norms[0][0] > 0.01
+    for other in (1, 2):
+        same(norms[other], norms[0])
+        same(results[other], results[0])
+
+
+def other_optimizers(_):
+    """A10, for SGD and RMSprop."""
+    for name, options in (("SGD", {"momentum": 0.9}), ("RMSprop", {"centered": True, "momentum": 0.5})):
+        results = []
+        for ours in (True, False):
+            model = shard(build(ours))
+            optimizer = getattr(optim if ours else torch.optim, name)(model.parameters(), lr=0.01, **options)
+            train(ours, model, optimizer, 3)
+            results.append(full(model))
+        same(*results)
 
 
 def checkpoint(folder):
@@ -181,7 +247,7 @@ def placements(_):
         same(*results)
 
 
-SCENARIOS = [ddp, fsdp2, checkpoint, tensor_parallel, placements]
+SCENARIOS = [ddp, fsdp2, accelerated, clipped, other_optimizers, checkpoint, tensor_parallel, placements]
 
 
 def rank_main(rank, folder):

@@ -25,31 +25,31 @@ inline uint64_t mixed(uint64_t x) {
   return x ^ x >> 31;
 }
 
-// Calls f(tensor, begin, end, chunk) for each chunk of each tensor, `chunk` counting through all of them. The threads
-// take them in turn, and so stay close to each other in memory.
+// Calls f(tensor, begin, end, chunk) for each chunk of each tensor, `chunk` counting through all of them. Each thread
+// has a run of them: what prefetches memory follows it longest that way.
 template <class F>
 void for_each_chunk(at::TensorList tensors, F f) {
   const int64_t size = step_chunk;
-  std::vector<int64_t> ends;  // the number of chunks up to and with each tensor
-  ends.reserve(tensors.size());
-  int64_t total = 0, elements = 0;
-  for (const auto& t : tensors) {
-    ends.push_back(total += (t.numel() + size - 1) / size);
-    elements += t.numel();
-  }
-  const auto in_turn = [&](int64_t thread, int64_t step) {
-    size_t i = 0;
-    for (int64_t chunk = thread; chunk < total; chunk += step) {
-      while (ends[i] <= chunk) ++i;
-      const int64_t begin = (chunk - (i ? ends[i - 1] : 0)) * size;
-      f(i, begin, std::min(begin + size, tensors[i].numel()), chunk);
+  int64_t elements = 0;
+  for (const auto& t : tensors) elements += t.numel();
+  // The chunks whose first element is one of [from, to) of all.
+  const auto run = [&](int64_t from, int64_t to) {
+    int64_t first = 0, chunk = 0;
+    for (size_t i = 0; i < tensors.size() && first < to; ++i) {
+      const int64_t n = tensors[i].numel();
+      const int64_t skipped = std::min((std::max<int64_t>(from - first, 0) + size - 1) / size, (n + size - 1) / size);
+      for (int64_t begin = skipped * size; begin < n && first + begin < to; begin += size)
+        f(i, begin, std::min(begin + size, n), chunk + begin / size);
+      chunk += (n + size - 1) / size;
+      first += n;
     }
   };
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / step_grain);
-  if (threads < 2) return in_turn(0, 1);
+  if (threads < 2) return run(0, elements);
   step_threads.taken();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) in_turn(thread, threads);
+    for (int64_t thread = begin; thread < end; ++thread)
+      run(elements * thread / threads, elements * (thread + 1) / threads);
   });
 }
 

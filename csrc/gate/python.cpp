@@ -271,8 +271,8 @@ PyObject* py_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Plain dense tensors on the CPU, as the two functions below take them.
-bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty) {
+// Plain dense tensors on the CPU, as the two functions below take them, and the dtype that all of them fit in.
+bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty, at::ScalarType& dtype) {
   if (!PyList_Check(list) || !PyList_GET_SIZE(list) || !ordinary_thread()) return false;
   out.reserve(PyList_GET_SIZE(list));
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
@@ -281,21 +281,25 @@ bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty) {
     const Tensor& t = THPVariable_Unpack(o);
     if (!served(kTotalNorm, t) || !ordinary(t) || !covers_clip(t)) return false;
     any_empty = any_empty || t.numel() == 0;
+    dtype = i ? at::promote_types(dtype, t.scalar_type()) : t.scalar_type();
     out.add(t);
   }
   return true;
 }
-// total_norm(tensors, norm_type): their norm in float64, or None where it is torch's.
+// total_norm(tensors, norm_type): their norm in the dtype that all of them fit in, and in float64; or None where it is
+// torch's.
 PyObject* py_total_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   double norm_type;
   if (count != 2 || !unpack_double(args[1], norm_type)) return wrong_arguments("total_norm(tensors, norm_type)");
   Borrowed tensors;
   bool any_empty = false;
+  at::ScalarType dtype;
   const bool largest = norm_type == std::numeric_limits<double>::infinity();
-  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors, any_empty) || (largest && any_empty))
+  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors, any_empty, dtype) || (largest && any_empty))
     Py_RETURN_NONE;  // the largest of nothing is torch's error
-  return THPVariable_Wrap(total_norm(tensors.tensors(), norm_type));
+  const Tensor exact = total_norm(tensors.tensors(), norm_type);
+  return py::make_tuple(exact.to(dtype), exact).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -306,8 +310,9 @@ PyObject* py_scale_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (count != 2 || !unpack_double(args[1], factor)) return wrong_arguments("scale_(tensors, factor)");
   Borrowed tensors;
   bool any_empty = false;
-  if (!read_tensors(args[0], tensors, any_empty)) Py_RETURN_FALSE;
-  if (factor != 1) scale_(tensors.tensors(), factor);
+  at::ScalarType dtype;
+  if (!read_tensors(args[0], tensors, any_empty, dtype)) Py_RETURN_FALSE;
+  scale_(tensors.tensors(), factor);
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }

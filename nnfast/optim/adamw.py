@@ -89,7 +89,7 @@ class AdamStep(NativeStep):
 
     def _clip_coef(self) -> Tensor | None:
         """What the gradients are multiplied by, or None where by nothing; ``grad_norm`` is set."""
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        grads = [grad for group in self.param_groups for p in group["params"] if (grad := p.grad) is not None]
         if any(g.is_sparse for g in grads):
             return None  # the step raises
         norm, exact = total_norm(grads)

@@ -17,16 +17,23 @@ def __getattr__(name: str):
 
 def total_norm(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
     """The norm as torch's ``get_total_norm`` gives it, and the same before it was rounded, where ours served."""
-    exact = None
-    if backend.native is not None and not is_compiling():
-        exact = backend.native.total_norm(tensors, norm_type)
-    if exact is None:
+    norms = _ours(tensors, norm_type)
+    if norms is None:
         if tensors:
             backend.torch_serves("get_total_norm")
         norm = _get_total_norm(tensors, norm_type)
         return norm, norm
-    dtypes = {t.dtype for t in tensors}
-    return exact.to(functools.reduce(torch.promote_types, dtypes)), exact
+    return norms
+
+
+def _ours(tensors: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor] | None:
+    if backend.native is None or is_compiling():
+        return None
+    return backend.native.total_norm(tensors, norm_type)
+
+
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [grad for p in parameters if (grad := p.grad) is not None]
 
 
 def _check_finite(norm: Tensor, tensors: list[Tensor], norm_type: float) -> None:
@@ -53,14 +60,14 @@ def _scale(grads: list[Tensor], max_norm: float, norm: Tensor) -> bool:
         return False
     # torch's own arithmetic, to the NaN that stays and the limit of 1.
     coef = torch.clamp(max_norm / (norm + 1e-6), max=1.0).item()
-    return backend.native.scale_(grads, coef)
+    return coef == 1 or backend.native.scale_(grads, coef)
 
 
 @functools.wraps(_clip_grads_with_norm_)
 def clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=None):
     with torch.no_grad():
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        grads = [p.grad for p in parameters if p.grad is not None]
+        grads = _gradients(parameters)
         plain = type(total_norm) is Tensor and total_norm.dim() == 0
         if not plain or not _scale(grads, float(max_norm), total_norm):
             if grads:
@@ -78,15 +85,13 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
             parameters = list(parameters)
             if is_generator and not parameters:
                 return _torch.clip_grad_norm_((p for p in ()), max_norm, norm_type, error_if_nonfinite, foreach)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        exact = None
-        if grads and backend.native is not None and not is_compiling():
-            exact = backend.native.total_norm(grads, float(norm_type))
-        if exact is None:
+        grads = _gradients(parameters)
+        norms = _ours(grads, float(norm_type))
+        if norms is None:
             if grads:
                 backend.torch_serves("clip_grad_norm_")
             return _torch.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
-        norm = exact.to(functools.reduce(torch.promote_types, {g.dtype for g in grads}))
+        norm, exact = norms
         if error_if_nonfinite:
             _check_finite(norm, grads, float(norm_type))
         _scale(grads, float(max_norm), exact)
