@@ -73,9 +73,8 @@ def bar(request):
         yield one_more
 
 
-# Taken by no case here, but by a test of its own: test_adamw.py::test_master_weights, ::test_stochastic_rounding; and
-# what stands in for oneDNN's own function of a matrix product, where torch does not export it.
-ELSEWHERE = {"adamw_.master", "adamw_.stochastic", "product.turned"}
+# Taken by no case here, but by a test of its own: test_adamw.py::test_master_weights, ::test_stochastic_rounding.
+ELSEWHERE = {"adamw_.master", "adamw_.stochastic"}
 
 # How many cases took each op and internal path.
 cases = collections.Counter()

@@ -137,7 +137,7 @@ def test_layouts_in_one_dnn(features):
     cases = [dense, *others] + [(*dense[:i], o[i], *dense[i + 1 :]) for o in others for i in range(4)]
     for x, w, b, grad_out in cases:
         leaves = [t.detach().requires_grad_() for t in (x, w, b[0])]
-        with thresholds(product__one_dnn_multiply_adds=0, product__one_dnn_float32=1, product__turn_rows=0):
+        with thresholds(product__one_dnn_multiply_adds=0, product__one_dnn_float32=1):
             what = str([t.stride() for t in (*leaves, grad_out)])
             if native.cpu_kernels() == "avx2":  # where oneDNN serves what lies by rows alone
                 compare((*leaves, "none"), grad_out, what)
