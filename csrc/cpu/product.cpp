@@ -79,9 +79,6 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
       input, weight, dense, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
-Tensor product_tn(const Tensor& a, const Tensor& b) {
-  if (at::native::mkldnn_matmul && one_dnn_serves(a.t(), b.t())) return by_one_dnn.taken(), one_dnn_matmul(a.t(), b);
-  return product(a.t(), b.t());
-}
+Tensor product_tn(const Tensor& a, const Tensor& b) { return product(a.t(), b.t()); }
 
 }  // namespace nnfast
