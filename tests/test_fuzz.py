@@ -138,10 +138,10 @@ def check(ours, torchs, exact, scales):
     if torchs is None:  # such as bfloat16 with a float bias and no weight
         return
     assert ours[0].requires_grad == torchs[0].requires_grad and strides(ours[0]) == strides(torchs[0])
-    for a, b, true, scale in zip(ours, torchs, exact, scales, strict=True):
+    for i, (a, b, true, scale) in enumerate(zip(ours, torchs, exact, scales, strict=True)):
         assert (a is None) == (b is None)
         if a is not None:
-            assert_close(a, b, true, scale=scale())
+            assert_close(a, b, true, f"result {i}", scale=scale())
 
 
 def largest(t):
@@ -411,7 +411,7 @@ def cross_entropy_case(draw):
         for f, t in ((F.cross_entropy, x), (TF.cross_entropy, x), (reference.cross_entropy, true))
     ]
     with torch.no_grad():
-        reach, terms = largest(true), cross_entropy_terms(keywords, target, g)
+        reach, terms = largest(true), cross_entropy_terms(keywords, target, g, c)
     check(*results, [lambda: reach * terms[0], lambda: (1 + reach) * terms[1]])
 
     if planes or not hasattr(TF, "linear_cross_entropy"):
@@ -444,19 +444,21 @@ def cross_entropy_case(draw):
         lambda: reach * terms[0],
         lambda: each * largest(w64.sum(0)) * walk(c),
         lambda: each * largest(x64.sum(0)) * walk(n),
-        lambda: each * n,
+        lambda: each * n * walk(n),
     ]
     check(*results, scales)
 
 
-def cross_entropy_terms(keywords, target, g):
+def cross_entropy_terms(keywords, target, g, classes):
     """How many losses' size the loss is of, and how large a gradient of the logits may be."""
     weight = keywords.get("weight", torch.ones(1)).double()
     counts = target != keywords["ignore_index"]
     all_weights = (weight.expand(max(int(target.max()) + 1, len(weight)))[target] * counts).sum().item()
     total = (all_weights or 1.0) if keywords["reduction"] == "mean" else 1.0
     losses = 1 if keywords["reduction"] == "none" else target.numel()
-    return losses * largest(weight) / total, largest(weight) * largest(g.double()) / total
+    # A smoothed target's loss is a sum over all classes.
+    smoothed = walk(classes) if keywords["label_smoothing"] else 1.0
+    return losses * largest(weight) / total * smoothed, largest(weight) * largest(g.double()) / total
 
 
 @given(data=st.data())
@@ -503,7 +505,13 @@ def attention_case(draw):
             (reference.scaled_dot_product_attention, true, exact),
         )
     ]
-    check(*results, [lambda v=v: v for v in attention_sizes(leaves, g, keywords["scale"]).values()])
+    # A key's and a value's gradients are sums over the queries that see it.
+    with torch.no_grad():
+        seen = torch.eye(keys, dtype=torch.float64).expand(batch, kv_heads, keys, keys)
+        seen = reference.scaled_dot_product_attention(*true[:2], seen, **exact).sum(2).unflatten(1, (kv_heads, group))
+        seen = max(1.0, largest(seen.sum(2)))
+    of_query = attention_sizes(leaves, g, keywords["scale"]).values()
+    check(*results, [lambda v=v * n: v for v, n in zip(of_query, (1, 1, seen, seen), strict=True)])
 
 
 @given(data=st.data())
@@ -565,7 +573,9 @@ def optimizers_case(draw):
         assert_close(p, q, true, name, scale=2 * size)
         for (key, a), (_, b), (_, t) in zip(*states, strict=True):
             if a is not None:
-                assert (a.dtype, strides(a)) == (b.dtype, strides(b)), key
+                # torch's first buffer of momentum lies as the gradient, ours as the parameter, as all other state does.
+                like = torch.empty_like(p) if key == "momentum_buffer" and name == "SGD" else b
+                assert (a.dtype, strides(a)) == (b.dtype, strides(like)), key
                 assert_close(a, b, t.double(), key, scale=2 * size)
 
     params, _ = made(torch.optim.SGD if name == "SGD" else torchs, dtype)
