@@ -1,8 +1,10 @@
 """Tables and pictures from the newest run in every benchmarks/results/<device>/.
 
-python benchmarks/report.py    writes results/<device>/README.md and its pictures, and the README's table of speeds
+python benchmarks/report.py              writes results/<device>/README.md and its pictures, and the README's tables
+python benchmarks/report.py --version    also keeps this version's ratios in results/<device>/history.csv
 """
 
+import argparse
 import csv
 import math
 import statistics
@@ -10,6 +12,8 @@ import sys
 from pathlib import Path
 
 import matplotlib
+
+import nnfast
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -51,6 +55,12 @@ def ours(rows: list[dict]) -> list[dict]:
     return [row for row in rows if row["provider"].startswith("nnfast")]
 
 
+def named(row: dict) -> str:
+    """The cell's name: a shape, or the model whose tensors an optimizer steps."""
+    shape = "" if row["direction"] == "step" else row["shape"]
+    return " ".join(filter(None, (shape, row["model"], row["variant"])))
+
+
 def size(row: dict) -> tuple[int, ...]:
     return tuple(int(n) for n in row["shape"].split("x"))
 
@@ -79,10 +89,10 @@ def table(rows: list[dict]) -> str:
     lines: dict[tuple, dict] = {}
     for row in ours(rows):
         name = row["provider"].removeprefix("nnfast").strip()
-        line = (row["shape"], " ".join(filter(None, (row["model"], row["variant"], name, row["backend"]))))
+        line = " ".join(filter(None, (named(row), name, row["backend"])))
         lines.setdefault(line, {})[row["dtype"], row["direction"]] = row
-    header = ["shape", "", *(f"{dtype} {TITLES[direction]}" for dtype, direction in columns)]
-    return markdown(header, [[*line, *(speed(cells.get(c)) for c in columns)] for line, cells in lines.items()])
+    header = ["", *(f"{dtype} {TITLES[direction]}" for dtype, direction in columns)]
+    return markdown(header, [[line, *(speed(cells.get(c)) for c in columns)] for line, cells in lines.items()])
 
 
 def summary(rows: list[dict]) -> list[list[str]]:
@@ -102,7 +112,7 @@ def summary(rows: list[dict]) -> list[list[str]]:
                 f"{min(ratios):.2f}x",
                 f"{max(ratios):.2f}x",
             ]
-            + [f"{len(lost)} of {len(cells)}" + "".join(f"; {r['shape']} {r['variant']}".rstrip() for r in lost[:3])]
+            + [f"{len(lost)} of {len(cells)}" + "".join(f"; {named(r)}" for r in lost[:3])]
         )
     return found
 
@@ -158,11 +168,15 @@ def error_table(rows: list[dict]) -> str:
 # ---- pictures ----
 
 
+COLOURS = {"fp32": "tab:blue", "bf16": "tab:orange", "fp16": "tab:green"}
+
+
 def of_ceiling_over_size(rows: list[dict], path: Path) -> None:
     """LayerNorm's fraction of a copy's speed over the row's length, at the largest number of rows of each."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True)
+    largest = max(size(r)[0] for r in rows if r["model"] == "grid")
+    above = False
     for axis, direction in zip(axes, ("forward", "backward"), strict=True):
-        largest = max(size(r)[0] for r in rows if r["model"] == "grid")
         for dtype in dict.fromkeys(r["dtype"] for r in rows):
             for provider, style in (("nnfast", "-o"), ("torch", ":x")):
                 points = sorted(
@@ -171,7 +185,9 @@ def of_ceiling_over_size(rows: list[dict], path: Path) -> None:
                     if (r["dtype"], r["direction"], r["provider"]) == (dtype, direction, provider)
                     and size(r)[0] == largest and r["of_ceiling"]
                 )  # fmt: skip
-                axis.plot(*zip(*points, strict=True), style, label=f"{provider} {dtype}") if points else None
+                above = above or any(y > 1 for _, y in points)
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, color=COLOURS[dtype], label=f"{provider} {dtype}")
         axis.set(xscale="log", xlabel=f"row length, {largest} rows", title=f"LayerNorm {direction}", ylim=0)
         axis.axhline(1, color="grey", linewidth=0.8)
         sizes = sorted({size(r)[1] for r in rows if r["model"] == "grid"})
@@ -179,31 +195,58 @@ def of_ceiling_over_size(rows: list[dict], path: Path) -> None:
         axis.minorticks_off()
     axes[0].set_ylabel("part of a same-size copy's speed")
     axes[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)) if axes[1].lines[:-1] else None
+    if above:
+        figure.suptitle(
+            "above 1: torch's copy reads what it overwrites into the cache first, and ours writes past it", fontsize=8
+        )
     save(figure, path)
 
 
 def heat_map(op: str, rows: list[dict], path: Path) -> None:
-    """Speedup over the best peer, a line a shape, a column a dtype and direction; white is as fast, blue is faster."""
+    """Speedup over the best peer, a line a shape, a column a dtype and direction; what was not measured is white."""
     rows = [r for r in rows if r["provider"] == "nnfast" and r["speedup"]]
-    lines = list(dict.fromkeys((r["shape"], r["model"], r["variant"]) for r in rows))
+    lines = list(dict.fromkeys(named(r) for r in rows))
     columns = list(dict.fromkeys((r["dtype"], r["direction"]) for r in rows))
-    value = {(r["shape"], r["model"], r["variant"], r["dtype"], r["direction"]): number(r["speedup"]) for r in rows}
-    grid = [[value.get((*line, *column), math.nan) for column in columns] for line in lines]
-    figure, axis = plt.subplots(figsize=(2.4 + 0.85 * len(columns), 1.2 + 0.27 * len(lines)))
-    axis.imshow([[math.log2(v) for v in line] for line in grid], cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
+    value = {(named(r), r["dtype"], r["direction"]): number(r["speedup"]) for r in rows}
+    grid = [[value.get((line, *column), math.nan) for column in columns] for line in lines]
+    figure, axis = plt.subplots(figsize=(4 + 0.85 * len(columns), 1.4 + 0.27 * len(lines)))
+    shown = axis.imshow([[math.log2(v) for v in line] for line in grid], cmap="RdYlBu", vmin=-2, vmax=2, aspect="auto")
+    bar = figure.colorbar(shown, ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["1/4 or less", "1/2", "as fast", "2x", "4x or more"], fontsize=7)
     for y, line in enumerate(grid):
         for x, v in enumerate(line):
             if v == v:
-                ink = "white" if abs(math.log2(v)) > 1.3 else "black"
+                ink = "white" if abs(math.log2(v)) > 1.6 else "black"
                 axis.text(x, y, f"{v:.2f}", ha="center", va="center", fontsize=7, color=ink)
-    axis.set_xticks(range(len(columns)), [f"{dtype}\n{direction}" for dtype, direction in columns], fontsize=7)
-    axis.set_yticks(range(len(lines)), [" ".join(filter(None, line)) for line in lines], fontsize=7)
-    axis.set_title(f"{OPS[op]}: times as fast as the best peer", fontsize=9)
+    axis.set_xticks(range(len(columns)), [f"{dtype}\n{TITLES[d]}" for dtype, d in columns], fontsize=7)
+    axis.set_yticks(range(len(lines)), lines, fontsize=7)
+    axis.set_title(f"{OPS[op]}: times as fast as the best peer; white is not measured", fontsize=9)
+    save(figure, path)
+
+
+def whole_step_bars(rows: list[dict], path: Path) -> None:
+    """Times as fast as torch in eager mode: a group a model and dtype, a bar a library, with the range over rounds."""
+    rows = [r for r in rows if r["ms"] and r["speedup"]]
+    groups = list(dict.fromkeys((r["model"], r["dtype"]) for r in rows))
+    libraries = list(dict.fromkeys(r["library"] for r in rows))
+    figure, axis = plt.subplots(figsize=(9, 1.2 + 0.22 * len(rows)))
+    for i, library in enumerate(libraries):
+        found = {(r["model"], r["dtype"]): r for r in rows if r["library"] == library}
+        places = [groups.index(g) + 0.8 * i / len(libraries) for g in found]
+        value, low, high = ([number(r[f"speedup{e}"]) for r in found.values()] for e in ("", "_low", "_high"))
+        spread = [[v - x for v, x in zip(value, low, strict=True)], [x - v for v, x in zip(value, high, strict=True)]]
+        bars = axis.barh(places, value, 0.8 / len(libraries), xerr=spread, label=library)
+        axis.bar_label(bars, [f" {v:.2f}x" for v in value], fontsize=7)
+    axis.set_yticks([i + 0.4 - 0.4 / len(libraries) for i in range(len(groups))], [" ".join(g) for g in groups])
+    axis.invert_yaxis()
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set(xlabel="times as fast as torch, a whole training step", xlim=(0, 1.15 * axis.get_xlim()[1]))
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
 
 
 def step_bars(rows: list[dict], path: Path) -> None:
-    """The whole training step: a bar a library and model."""
+    """The demo's training step: a bar a library and model."""
     figure, axis = plt.subplots(figsize=(8, 3.6))
     models = list(dict.fromkeys(r["model"] for r in rows))
     libraries = list(dict.fromkeys(r["library"] for r in rows))
@@ -271,10 +314,64 @@ def whole_steps_table(rows: list[dict]) -> str:
     ])  # fmt: skip
 
 
+# ---- from version to version ----
+
+
+def ratios(folder: Path) -> dict[str, tuple[float, float, float]]:
+    """What is kept of a version: the middle speedup of each op, dtype and direction, and each whole step's; with the
+    middles of their quartiles, or the range over the rounds."""
+    found = {}
+    for op, title in OPS.items():
+        cells: dict[str, list[dict]] = {}
+        for row in ours(newest(load(folder / f"{op}.csv"))):
+            if row["speedup"]:
+                cells.setdefault(f"{title} {row['dtype']} {TITLES[row['direction']]}", []).append(row)
+        for what, of in cells.items():
+            found[what] = tuple(
+                statistics.median(number(r[f"speedup{end}"]) for r in of) for end in ("", "_low", "_high")
+            )
+    for row in newest_whole_steps(folder):
+        if row["library"].startswith("nnfast") and row["speedup"]:
+            what = f"{row['model']} {row['dtype']} {row['library']}"
+            found[what] = tuple(number(row[f"speedup{end}"]) for end in ("", "_low", "_high"))
+    return found
+
+
+def moved(folder: Path, keep: str = "") -> str:
+    """What has moved since the last version by more than both spreads; where ``keep`` names a version, it is added."""
+    path = folder / "history.csv"
+    before: dict[str, dict[str, tuple]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                numbers = tuple(number(row[k]) for k in ("speedup", "low", "high"))
+                before.setdefault(row["version"], {})[row["what"]] = numbers
+    now = ratios(folder)
+    if keep:
+        before.pop(keep, None)
+        lines = [(version, what, *numbers) for version, of in before.items() for what, numbers in of.items()]
+        lines += [(keep, what, *numbers) for what, numbers in now.items()]
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["version", "what", "speedup", "low", "high"])
+            writer.writerows([[f"{v:.4g}" if isinstance(v, float) else v for v in line] for line in lines])
+    last = next((v for v in reversed(before) if v != keep), None)
+    if last is None:
+        return ""
+    lines = [
+        [what, f"{then[0]:.2f}x", f"{new[0]:.2f}x"]
+        for what, new in now.items()
+        if (then := before[last].get(what)) and (new[1] > then[2] or new[2] < then[1])
+    ]
+    if not lines:
+        return f"Since {last} nothing has moved by more than its spread."
+    return f"What has moved since {last} by more than its spread:\n\n" + markdown(["", last, "now"], lines)
+
+
 SUMMARY = ["op", "dtype", "", "middle", "least", "most", "cells where a peer is faster"]
 
 
-def page(folder: Path) -> tuple[str, str]:
+def page(folder: Path, keep: str = "") -> tuple[str, str]:
     """Write a device's page and pictures. Returns the machine, and the table for the README."""
     machine, sections, lines = "", [], []
     for op, title in OPS.items():
@@ -306,14 +403,18 @@ def page(folder: Path) -> tuple[str, str]:
             "torch's: the middle and the most over the shapes above, and the two shapes at the ends. An error below "
             f"one rounding of the dtype counts as one.\n\n{error_table(rows)}\n"
         )
+    if said := moved(folder, keep):
+        sections.append(f"## From version to version\n\n{said}\n")
     if whole := newest_whole_steps(folder):
+        whole_step_bars(whole, folder / "steps.png")
         rounds = ", ".join(sorted({r["rounds"] for r in whole}))
         said = (
             f"`make bench`: each library in a process of its own, in turn, rounds: {rounds}, "
             f"commit {whole[0]['commit']}. "
             "The floor is the step's products alone at the speed of the best large product here."
         )
-        sections.insert(0, f"## Whole training steps\n\n{said}\n\n{whole_steps_table(whole)}\n")
+        said += f"\n\n![whole steps](steps.png)\n\n{whole_steps_table(whole)}\n"
+        sections.insert(0, f"## Whole training steps\n\n{said}")
     text = (
         f"# {machine}\n\nWritten by `python benchmarks/report.py` from the CSV files beside it. A number is how many "
         "times as fast as the best peer in the same run, the median of laps in which the providers take turns, with "
@@ -322,11 +423,10 @@ def page(folder: Path) -> tuple[str, str]:
     )
     (folder / "README.md").write_text(text + "\n".join(sections))
     overview = markdown(SUMMARY, lines)
-    if whole:
-        overview = f"{whole_steps_table(whole)}\n\n{overview}"
     where = f"benchmarks/results/{folder.name}"
-    pictures = "\n".join(f"![{path.stem}]({where}/{path.name})" for path in sorted(folder.glob("*.png")))
-    return machine, f"**{machine}** ([every cell]({where}/README.md))\n\n{overview}\n\n{pictures}"
+    if whole:
+        overview = f"![whole steps]({where}/steps.png)\n\n{whole_steps_table(whole)}\n\n{overview}"
+    return machine, f"**{machine}** ([every cell, and pictures]({where}/README.md))\n\n{overview}"
 
 
 def main() -> int:
@@ -334,7 +434,10 @@ def main() -> int:
     if not folders:
         print("report: no results yet; make bench writes them", file=sys.stderr)
         return 1
-    found = [page(folder)[1] for folder in folders]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="store_true", help="keep this version's ratios")
+    keep = nnfast.__version__ if parser.parse_args().version else ""
+    found = [page(folder, keep)[1] for folder in folders]
     head, rest = README.read_text().split(MARKS[0])
     README.write_text(f"{head}{MARKS[0]}\n\n" + "\n\n".join(found) + f"\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
     print(*(f"written: {folder / 'README.md'}" for folder in folders), f"written: {README}", sep="\n")

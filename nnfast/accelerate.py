@@ -117,9 +117,9 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else: parameters,
     hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m,
     torch.nn.LayerNorm)`` holds as before. Only this model is touched, a second call changes nothing, and
-    :func:`restore` undoes it.
+    ``restore`` undoes it.
 
-    :func:`report` says what was done.
+    ``report`` says what was done.
 
     Returns:
         The same model.
@@ -133,7 +133,7 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def restore(model: torch.nn.Module) -> torch.nn.Module:
-    """Undo :func:`accelerate`: the same model, with the classes it had.
+    """Undo ``accelerate``: the same model, with the classes it had.
 
     Modules made as ours stay ours, and a class that somebody made of ours since (a parametrization, FSDP) stays theirs.
     """

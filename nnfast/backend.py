@@ -1,7 +1,7 @@
 """Which kernels there are here, and the one switch that forces a backend.
 
 The registry of kernels is PyTorch's dispatcher, and the gate that decides call by call stands in C++
-(``csrc/gate/python.cpp``). This module loads the extension, or says why it could not, and holds :func:`use_backend`.
+(``csrc/gate/python.cpp``). This module loads the extension, or says why it could not, and holds ``use_backend``.
 """
 
 import contextlib
@@ -201,7 +201,7 @@ def empty_cache() -> None:
 
     Outputs from 2 MB on come from memory that was touched before: what was freed is kept, never more in all than was
     in use at once, and what was not needed for some ten seconds is given back at the next call. GPU memory is
-    :func:`torch.cuda.empty_cache`'s.
+    ``torch.cuda.empty_cache``'s.
     """
     if native is not None:
         native.empty_cache()

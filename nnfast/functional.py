@@ -33,9 +33,9 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    r"""Layer normalization over the last dimensions, as :func:`torch.nn.functional.layer_norm`.
+    """Layer normalization over the last dimensions, as ``torch.nn.functional.layer_norm``.
 
-    :math:`y = (x - E[x]) / \sqrt{Var[x] + eps} \cdot weight + bias` over each slice of ``normalized_shape``
+    ``y = (x - E[x]) / sqrt(Var[x] + eps) * weight + bias`` over each slice of ``normalized_shape``
     (Ba, Kiros and Hinton, 2016; the formula in pieces: ``csrc/math/moments.h``).
 
     Args:
@@ -59,10 +59,10 @@ def layer_norm(
 
 
 def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None) -> Tensor:
-    r"""The Gaussian error linear unit, as :func:`torch.nn.functional.gelu`.
+    """The Gaussian error linear unit, as ``torch.nn.functional.gelu``.
 
-    ``approximate="none"``: :math:`x \Phi(x)`; ``"tanh"``:
-    :math:`x (1 + \tanh(\sqrt{2 / \pi} (x + 0.044715 x^3))) / 2` (Hendrycks and Gimpel, 2016; ``csrc/math/gelu.h``).
+    ``approximate="none"``: ``x * Phi(x)``; ``"tanh"``:
+    ``x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2`` (Hendrycks and Gimpel, 2016; ``csrc/math/gelu.h``).
 
     Args:
         input: any shape; float32, bfloat16, float16 or float64.
@@ -79,7 +79,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
 
 
 def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
-    """:func:`gelu`, or None where the call is torch's."""
+    """``gelu``, or None where the call is torch's."""
     if is_compiling():
         return None
     output = _gelu(input, approximate)
@@ -89,7 +89,7 @@ def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    r"""``input @ weight.T + bias``, as :func:`torch.nn.functional.linear`.
+    """``input @ weight.T + bias``, as ``torch.nn.functional.linear``.
 
     On a CPU the product and those of the backward are taken by whichever library is faster for them there
     (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op.
@@ -110,7 +110,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_if_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """:func:`linear`, or None where the call is torch's."""
+    """``linear``, or None where the call is torch's."""
     if is_compiling():
         return None
     output = _linear(input, weight, bias)
@@ -120,9 +120,9 @@ def linear_if_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
-    r"""``gelu(linear(input, weight, bias), approximate=approximate)`` in one op.
+    """``gelu(linear(input, weight, bias), approximate=approximate)`` in one op.
 
-    :math:`\mathrm{gelu}(x W^T + b)`. Only the input and the pre-activation :math:`x W^T + b` are saved for the
+    ``gelu(x @ W.T + b)``. Only the input and the pre-activation ``x @ W.T + b`` are saved for the
     backward, and the pre-activation is rounded to its dtype before the GELU, as the two calls would.
 
     Args:
@@ -158,9 +158,9 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    r"""The cross-entropy of logits with their classes, as :func:`torch.nn.functional.cross_entropy`.
+    """The cross-entropy of logits with their classes, as ``torch.nn.functional.cross_entropy``.
 
-    :math:`-w_y \log \mathrm{softmax}(x)_y`, smoothed by Szegedy et al., 2016 (``csrc/math/cross_entropy.h``). The
+    ``-weight[y] * log(softmax(x)[y])``, smoothed by Szegedy et al., 2016 (``csrc/math/cross_entropy.h``). The
     logits are read once, and once more for their gradient, which is written over them where nobody else can see them. A
     mean is over the weights of the classes that are not ignored.
 
@@ -204,7 +204,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     options=None,
 ) -> Tensor:
-    r"""``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, and never all of the logits at once.
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)``, and never all of the logits at once.
 
     As torch's function of this name, which torch 2.12 and newer have. The logits of a block of rows are made, read and
     let go; where the loss is reduced to a number, their gradient is taken on the spot, so that three products are all
@@ -215,7 +215,7 @@ def linear_cross_entropy(
         linear_weight: ``(C, in_features)``, in the input's dtype.
         target: ``(N,)``, int64 class indices. Probabilities are torch's.
         linear_bias: ``(C,)`` or None.
-        weight, reduction, label_smoothing: as in :func:`cross_entropy`.
+        weight, reduction, label_smoothing: as in ``cross_entropy``.
         ignore_index: None is -100.
         options: torch's ``LinearCrossEntropyOptions``, for its own way in chunks.
 
@@ -276,9 +276,9 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    r"""Scaled dot product attention, as :func:`torch.nn.functional.scaled_dot_product_attention`.
+    """Scaled dot product attention, as ``torch.nn.functional.scaled_dot_product_attention``.
 
-    :math:`\mathrm{softmax}(scale \cdot Q K^T + mask) V` (Vaswani et al., 2017), in blocks whose probabilities are never
+    ``softmax(scale * Q @ K.T + mask) @ V`` (Vaswani et al., 2017), in blocks whose probabilities are never
     all in memory (Dao et al., 2022; ``csrc/cpu/attention.h``). Softmax is taken in float32; beside 16-bit values the
     probabilities are rounded to 16 bits where bfloat16 is multiplied in pairs, as torch does.
 

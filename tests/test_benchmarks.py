@@ -96,6 +96,13 @@ def test_the_main_job(tmp_path, dtype):
     assert (tmp_path / "out.png").exists()
 
 
+def test_bf16_weights(tmp_path):
+    command = [sys.executable, "benchmarks/bf16_weights.py", "--steps=3", f"--out={tmp_path / 'out.png'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out.png").exists(), done.stdout + done.stderr
+    assert "master_weights=True: " in done.stdout
+
+
 def test_memory_counts_what_is_alive_at_once():
     def call():
         for _ in range(3):

@@ -1,4 +1,4 @@
-"""Everything in :mod:`torch.nn`; ours where ours is faster. What is not ours is torch's own object."""
+"""Everything in ``torch.nn``; ours where ours is faster. What is not ours is torch's own object."""
 
 import torch.nn as _torch
 from torch.nn import *  # noqa: F403

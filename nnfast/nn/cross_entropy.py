@@ -8,10 +8,10 @@ from nnfast._torch import WeightedLoss
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
-    """:class:`torch.nn.CrossEntropyLoss` with our kernels: the same arguments and ``state_dict``.
+    """``torch.nn.CrossEntropyLoss`` with our kernels: the same arguments and ``state_dict``.
 
     Shape:
-        See :func:`nnfast.nn.functional.cross_entropy`.
+        See ``nnfast.nn.functional.cross_entropy``.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class LinearCrossEntropyLoss(getattr(torch.nn, "LinearCrossEntropyLoss", _Torchs
     """torch's LinearCrossEntropyLoss with our kernels: the same arguments and ``state_dict``. On torch 2.11 too.
 
     Shape:
-        See :func:`nnfast.nn.functional.linear_cross_entropy`.
+        See ``nnfast.nn.functional.linear_cross_entropy``.
     """
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:

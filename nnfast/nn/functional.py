@@ -1,4 +1,4 @@
-"""Everything in :mod:`torch.nn.functional`; ours where ours is faster, and ``linear_gelu`` besides."""
+"""Everything in ``torch.nn.functional``; ours where ours is faster, and ``linear_gelu`` besides."""
 
 import torch.nn.functional as _torch
 from torch.nn.functional import *  # noqa: F403

@@ -5,10 +5,10 @@ from nnfast import functional as F
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    """:class:`torch.nn.LayerNorm` with our kernels: the same arguments, parameters and ``state_dict``.
+    """``torch.nn.LayerNorm`` with our kernels: the same arguments, parameters and ``state_dict``.
 
     Shape:
-        Input ``(*, *normalized_shape)``, output the same. See :func:`nnfast.nn.functional.layer_norm`.
+        Input ``(*, *normalized_shape)``, output the same. See ``nnfast.nn.functional.layer_norm``.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from nnfast import functional as F
 
 
 class Linear(torch.nn.Linear):
-    """:class:`torch.nn.Linear` with our products: the same arguments, parameters and ``state_dict``.
+    """``torch.nn.Linear`` with our products: the same arguments, parameters and ``state_dict``.
 
     Shape:
-        Input ``(*, in_features)``, output ``(*, out_features)``. See :func:`nnfast.nn.functional.linear`.
+        Input ``(*, in_features)``, output ``(*, out_features)``. See ``nnfast.nn.functional.linear``.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ LINEARS = (torch.nn.Linear, Linear)
 
 
 class GELU(torch.nn.GELU):
-    """:class:`torch.nn.GELU` with our kernels. See :func:`nnfast.nn.functional.gelu`."""
+    """``torch.nn.GELU`` with our kernels. See ``nnfast.nn.functional.gelu``."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.gelu(input, approximate=self.approximate)
@@ -18,7 +18,7 @@ class GELU(torch.nn.GELU):
 class LinearGELU(torch.nn.Module):
     """``gelu(input @ weight.T + bias)`` as one op.
 
-    Initialised as a :class:`torch.nn.Linear` is (the same seed gives the same weights), with its ``state_dict`` keys
+    Initialised as a ``torch.nn.Linear`` is (the same seed gives the same weights), with its ``state_dict`` keys
     ``weight`` and ``bias``. It is none: what converts the Linears of a model would drop the GELU.
 
     Args:
@@ -26,7 +26,7 @@ class LinearGELU(torch.nn.Module):
         approximate: ``"none"`` or ``"tanh"``, GELU's.
 
     Shape:
-        Input ``(*, in_features)``, output ``(*, out_features)``. See :func:`nnfast.nn.functional.linear_gelu`.
+        Input ``(*, in_features)``, output ``(*, out_features)``. See ``nnfast.nn.functional.linear_gelu``.
     """
 
     __constants__ = ["in_features", "out_features", "approximate"]

@@ -9,7 +9,7 @@ from nnfast.nn.linear import Linear
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
-    """:class:`torch.nn.TransformerEncoderLayer` whose norms and feed-forward use our ops.
+    """``torch.nn.TransformerEncoderLayer`` whose norms and feed-forward use our ops.
 
     The same arguments, children and ``state_dict``.
     """

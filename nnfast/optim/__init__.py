@@ -1,4 +1,4 @@
-"""Everything in :mod:`torch.optim`; ours are AdamW, Adam, SGD and RMSprop. What is not ours is torch's own object."""
+"""Everything in ``torch.optim``; ours are AdamW, Adam, SGD and RMSprop. What is not ours is torch's own object."""
 
 import torch.optim as _torch
 from torch.optim import *  # noqa: F403

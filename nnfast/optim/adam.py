@@ -5,9 +5,9 @@ from nnfast.optim.adamw import AdamStep, _with_ours
 
 
 class Adam(AdamStep, torch.optim.Adam):
-    r""":class:`torch.optim.Adam` whose step is one native call for all parameters.
+    r"""``torch.optim.Adam`` whose step is one native call for all parameters.
 
-    As :class:`nnfast.optim.AdamW`, its arguments beyond torch's included, with ``g = g + weight_decay p`` in place of
+    As ``nnfast.optim.AdamW``, its arguments beyond torch's included, with ``g = g + weight_decay p`` in place of
     the decay (Kingma and Ba, 2015; ``csrc/math/adamw.h``). On a GPU, a weight decay that is not decoupled is torch's.
     """
 

@@ -23,7 +23,7 @@ _OPTIONS = (
 
 
 class AdamStep(NativeStep):
-    """Adam's and AdamW's step, and what ours offer beyond torch's: see :class:`AdamW`."""
+    """Adam's and AdamW's step, and what ours offer beyond torch's: see ``AdamW``."""
 
     _op = "adamw_"
     _torch = staticmethod(adam)
@@ -158,10 +158,10 @@ def _with_ours(theirs: type):
 
 
 class AdamW(AdamStep, torch.optim.AdamW):
-    r""":class:`torch.optim.AdamW` whose step is one native call for all parameters.
+    r"""``torch.optim.AdamW`` whose step is one native call for all parameters.
 
     The same arguments, groups, state and checkpoints, in both directions. The update, in torch's order
-    (Loshchilov and Hutter, 2019; ``csrc/math/adamw.h``)::
+    (Loshchilov and Hutter, 2019; ``csrc/math/adamw.h``):
 
         p = p (1 - lr weight_decay)
         m = m + (g - m) (1 - beta1);  v = v beta2 + g^2 (1 - beta2)
@@ -183,7 +183,7 @@ class AdamW(AdamStep, torch.optim.AdamW):
             ``master_param`` (int16), and float32 moments: it then trains as the float32 parameter does, whose rounding
             the parameter is. Default: ``False``
         stochastic_rounding (bool): a bfloat16 parameter, and ``exp_avg_sq``, is rounded up or down by chance, so that
-            small updates count on average. Repeatable under :func:`torch.manual_seed`. Default: ``False``
+            small updates count on average. Repeatable under ``torch.manual_seed``. Default: ``False``
     """
 
     __signature__ = _with_ours(torch.optim.AdamW)

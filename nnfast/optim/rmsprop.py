@@ -8,10 +8,10 @@ _OPTIONS += ("capturable",)
 
 
 class RMSprop(NativeStep, torch.optim.RMSprop):
-    r""":class:`torch.optim.RMSprop` whose step is one native call for all parameters.
+    r"""``torch.optim.RMSprop`` whose step is one native call for all parameters.
 
     The same arguments, groups, state and checkpoints, in both directions. The update, in torch's order
-    (Hinton, 2012; Graves, 2013, for ``centered``; ``csrc/math/rmsprop.h``)::
+    (Hinton, 2012; Graves, 2013, for ``centered``; ``csrc/math/rmsprop.h``):
 
         g = g + weight_decay p
         v = alpha v + (1 - alpha) g^2
@@ -19,7 +19,7 @@ class RMSprop(NativeStep, torch.optim.RMSprop):
         u = g / (sqrt(v) + eps);  b = momentum b + u, and b in place of u below, with momentum
         p = p - lr u
 
-    Dtypes and what is torch's as for :class:`nnfast.optim.AdamW`. On a GPU torch's code serves.
+    Dtypes and what is torch's as for ``nnfast.optim.AdamW``. On a GPU torch's code serves.
     """
 
     _op = "rmsprop_"

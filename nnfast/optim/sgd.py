@@ -8,17 +8,17 @@ _OPTIONS = "weight_decay", "momentum", "lr", "dampening", "nesterov", "maximize"
 
 
 class SGD(NativeStep, torch.optim.SGD):
-    r""":class:`torch.optim.SGD` whose step is one native call for all parameters.
+    r"""``torch.optim.SGD`` whose step is one native call for all parameters.
 
     The same arguments, groups, state and checkpoints, in both directions. The update, in torch's order
-    (``csrc/math/sgd.h``)::
+    (``csrc/math/sgd.h``):
 
         g = g + weight_decay p
         b = momentum b + (1 - dampening) g;  g = b, or g + momentum b under Nesterov
         p = p - lr g
 
     With ``dampening``, the first step is torch's, which makes the buffers. Dtypes and what is torch's as for
-    :class:`nnfast.optim.AdamW`; torch's own fused kernel is wrong on a CPU in bfloat16 and float16 from 16 elements
+    ``nnfast.optim.AdamW``; torch's own fused kernel is wrong on a CPU in bfloat16 and float16 from 16 elements
     on, and is not used for them. On a GPU torch's code serves.
     """
 

@@ -1,4 +1,4 @@
-"""Everything in :mod:`torch.nn.utils`, with our clipping of gradients. What is not ours is torch's own object."""
+"""Everything in ``torch.nn.utils``, with our clipping of gradients. What is not ours is torch's own object."""
 
 import torch.nn.utils as _torch
 
