@@ -105,7 +105,7 @@ coverage: $(TOOLS)
 	exit $$status
 
 mutants: $(TOOLS)
-	$(PIP) -c build/constraints.txt universalmutator
+	$(PIP) -c build/constraints.txt universalmutator tabulate
 	$(PYTHON) tests/mutants.py
 
 shut-gate: $(TOOLS)

@@ -37,6 +37,8 @@ CONTRACT = contract()
 
 
 def pytest_collection_modifyitems(config, items):
+    for mark in (mark for item in items for mark in item.iter_markers("torch_serves")):
+        assert mark.args and not mark.kwargs, "torch_serves says why"
     if not config.getoption("--shut-gate"):
         return
     shut = [item for item in items if stands_for_a_row(item)]
@@ -64,9 +66,35 @@ def pytest_pyfunc_call(pyfuncitem):
         assert backend.available("cpu"), "the gate is open: set ATEN_CPU_CAPABILITY=default"
     before = calls_served()
     result = yield
-    if stands_for_a_row(pyfuncitem) and not pyfuncitem.get_closest_marker("served_in_children"):
-        assert calls_served() > before or (backend.available("cpu") and not shut), "nothing was served by ours"
+    ours = calls_served() > before
+    if pyfuncitem.get_closest_marker("torch_serves"):
+        assert not ours, "ours served: the test needs no mark"
+    elif stands_for_a_row(pyfuncitem) and not pyfuncitem.get_closest_marker("served_in_children"):
+        assert ours or (backend.available("cpu") and not shut), "nothing was served by ours"
     return result
+
+
+def settings_of_torch():
+    """What of a process's settings chooses how torch, and so ours, computes."""
+    from nnfast.backend import native
+
+    backends = torch.backends
+    return {
+        "oneDNN": torch._C._get_mkldnn_enabled(),
+        "oneDNN deterministic": torch._C._get_mkldnn_deterministic(),
+        "float32 products": torch.get_float32_matmul_precision(),
+        "float32 products of oneDNN": backends.mkldnn.matmul.fp32_precision,
+        "attention": tuple(
+            getattr(torch._C, f"_get_{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "math", "cudnn")
+        ),
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "tiny numbers are zero": (torch.tensor(1e-39) * 1.5).item() == 0,
+        "thresholds": native.thresholds() if native else {},
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +104,12 @@ def _deterministic():
     torch.set_float32_matmul_precision("highest")  # some libraries lower it when they are imported
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)
+    before = settings_of_torch()
     yield
     torch.use_deterministic_algorithms(False)
+    after = settings_of_torch()
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    assert not changed, f"the test leaves to the next: {changed}"
 
 
 @pytest.fixture
@@ -95,9 +127,9 @@ def cpu_kernels(request):
 
 
 @pytest.fixture
-def some_kernels():
+def some_kernels(request):
     """The same, where some of the calls are torch's in any case."""
     from nnfast import backend
 
-    if why := backend.available("cpu"):
+    if (why := backend.available("cpu")) and not request.config.getoption("--shut-gate"):
         pytest.skip(why)

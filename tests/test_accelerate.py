@@ -67,11 +67,12 @@ def test_in_place_reversible_idempotent():
     assert kinds(nnfast.restore(model)) == before
 
 
-@pytest.mark.torch_serves
 def test_no_class_is_touched():
     classes = (torch.nn.LayerNorm, torch.nn.Linear, MLP, LayerNorm, Own)
     before = [dict(vars(c)) for c in classes]
-    nnfast.accelerate(torch.nn.ModuleList([build(), Block()]))
+    model = nnfast.accelerate(torch.nn.ModuleList([build(), Block()]))
+    for m in model:
+        m(torch.randn(3, 5, 8)).sum().backward()
     assert [dict(vars(c)) for c in classes] == before and type(torch.nn.LayerNorm(3)) is torch.nn.LayerNorm
     assert type(Block().mlp) is MLP
 
@@ -107,14 +108,21 @@ def test_hooks_of_a_swapped_module_fire():
     assert fired == [1]
 
 
-@pytest.mark.torch_serves
 def test_weight_decay_grouping_finds_the_same_parameters():
     def norms(model):
         return [id(p) for m in model.modules() if isinstance(m, torch.nn.LayerNorm) for p in m.parameters()]
 
-    model = build()
-    before = norms(model)
+    model, x, trained = build(), torch.randn(3, 5, 8), []
+    before, plain = norms(model), copy.deepcopy(model)
     assert norms(nnfast.accelerate(model)) == before
+    for m in (model, plain):
+        kept = {*norms(m)}
+        groups = [[p for p in m.parameters() if (id(p) in kept) == undecayed] for undecayed in (True, False)]
+        optimizer = torch.optim.SGD([{"params": g, "weight_decay": d} for g, d in zip(groups, (0.0, 0.5), strict=True)])
+        m(x).square().sum().backward()
+        optimizer.step()
+        trained.append([p.detach() for p in m.parameters()])
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
 
 
 def test_report(cpu_kernels):
@@ -129,7 +137,7 @@ def test_report(cpu_kernels):
     assert [name for name, _ in report.left] == ["4", "5"]
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("nothing of the model is run")
 def test_report_names_the_calls_it_would_serve(tmp_path, monkeypatch):
     """With file and line, however they are spelled; nothing is run, and nothing is changed."""
     source = """import torch
@@ -612,7 +620,6 @@ class M(torch.nn.Module):
     torch.testing.assert_close(model(x), plain(x))
 
 
-@pytest.mark.torch_serves
 def test_accelerate_patches_nothing_of_the_process():
     """X1: neither `Module.__call__` nor a class, at no time: another thread sees them as they are."""
     call, seen, stop = torch.nn.Module.__call__, [], threading.Event()
@@ -624,7 +631,9 @@ def test_accelerate_patches_nothing_of_the_process():
     thread = threading.Thread(target=watch)
     thread.start()
     for _ in range(20):
-        nnfast.report(nnfast.accelerate(Block()))
+        model = nnfast.accelerate(Block())
+        model(torch.randn(3, 5, 8))
+        nnfast.report(model)
     stop.set()
     thread.join()
     assert all(seen)
@@ -737,7 +746,7 @@ def test_gelus_of_transformers(name, cpu_kernels):
     assert kinds(nnfast.restore(model)) == kinds(plain)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("what computes something else is left alone")
 def test_a_gelu_is_what_it_computes_not_its_name(monkeypatch):
     """A library's class that has come to compute something else is left alone."""
     activations = pytest.importorskip("transformers.activations")

@@ -131,7 +131,6 @@ def test_layouts():
         torch.testing.assert_close(*results, msg=name)
 
 
-@pytest.mark.torch_serves
 @pytest.mark.usefixtures("some_kernels")
 def test_parameters_with_gaps_are_torchs():
     """A8: the kernels want a parameter without gaps; torch serves the others, and only they."""
@@ -173,14 +172,16 @@ def run(kind, fail):
         assert all(torch.equal(a, b) for a, b in zip(before, after))
     optimizer.step()
     return params
+from nnfast.backend import native
 ours, torchs = run(optim.AdamW, True), run(torch.optim.AdamW, False)
 torch.testing.assert_close(ours, torchs)
+assert native.paths()["adamw_"] == 4
 """
 
 
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits its own memory as Linux counts it")
-@pytest.mark.torch_serves
+@pytest.mark.served_in_children
 def test_an_allocation_that_fails_changes_nothing():
     """A11: the second group's gradient is to be reordered, and there is no memory for it; then there is."""
     done = subprocess.run([sys.executable, "-c", FAILING_STEP], capture_output=True, text=True)
@@ -210,7 +211,7 @@ def test_opcheck():
         assert not torch.equal(both[0][0][0], args[0][0]) and both[1][6][0] == 3
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("nothing is computed")
 def test_constructor_errors_are_torchs():
     """A1: type and text, whether the constructor raises or warns."""
     # Here, for it needs expecttest, which a machine with a GPU may lack.
@@ -321,7 +322,7 @@ def test_bad_checkpoints_change_nothing():
         torch.load(io.BytesIO(file.getvalue()[:-100]), weights_only=True)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("bad input is torch's to refuse")
 def test_a_checkpoint_of_another_optimizer():
     """A3, A11: torch loads SGD's; the step then raises as torch's does, and changes no parameter."""
     p = torch.ones(3, requires_grad=True)
@@ -339,7 +340,6 @@ def test_a_checkpoint_of_another_optimizer():
     assert said[0] == said[1]
 
 
-@pytest.mark.torch_serves
 def test_signature_and_groups():
     """A1, A2."""
     p = torch.zeros(3, requires_grad=True)
@@ -348,6 +348,14 @@ def test_signature_and_groups():
     assert list(ours.param_groups[0]) == list(theirs.param_groups[0]) and repr(ours) == repr(theirs)
     assert not hasattr(ours, "_step_supports_amp_scaling")
     assert optim.AdamW([p], fused=True)._step_supports_amp_scaling
+    p.grad = torch.ones(3)
+    for optimizer in (ours, theirs):
+        optimizer.step()
+    assert list(ours.state[p]) == list(theirs.state[p])
+    assert all(
+        a.dtype == b.dtype and a.shape == b.shape
+        for a, b in zip(*(o.state[p].values() for o in (ours, theirs)), strict=True)
+    )
 
 
 @pytest.mark.parametrize("kinds", [(optim.AdamW, torch.optim.AdamW), (torch.optim.AdamW, optim.AdamW)])
@@ -567,8 +575,44 @@ def test_mixed_dtypes_in_one_group():
     assert all(torch.equal(a, b) for a, b in zip(ours, alone, strict=True))
 
 
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True, "capturable": True}, {"fused": True}], ids=str)
+def test_a_checkpoint_onto_another_device(options):
+    """A3: as torch lays it out there, steps and all. The other device is one that computes nothing."""
+    params, grads = sample_inputs(torch.float32, [(3, 4), (5,)], steps=1)
+    trained, optimizer = train(optim.AdamW, params, grads, amsgrad=options.get("amsgrad", False))
+    states = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        there = [torch.empty_like(p, device="meta").requires_grad_() for p in trained]
+        resumed = kind(there, **({} if "fused" in options else options))
+        resumed.param_groups[0].update(options)  # torch asks for a GPU when it is made
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0].update(options)
+        resumed.load_state_dict(saved)
+        states.append([{k: (t.device, t.dtype, t.shape) for k, t in resumed.state[p].items()} for p in there])
+    assert states[0] == states[1] and states[0][0]["exp_avg"][0].type == "meta"
+
+
+@pytest.mark.usefixtures("some_kernels")
+def test_mixed_devices():
+    """A7: each where it is; what is on a device without kernels is torch's."""
+    params, grads = sample_inputs(torch.float32, [(3, 4), (5,)], steps=3)
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        here = [p.clone().requires_grad_() for p in params]
+        there = torch.zeros(7, device="meta", requires_grad=True)
+        optimizer = kind([here[0], there, here[1]], lr=0.1, foreach=False)
+        for step in grads:
+            for p, g in zip(here, step, strict=True):
+                p.grad = g.clone()
+            there.grad = torch.zeros(7, device="meta")
+            with served("adamw_") if kind is optim.AdamW else contextlib.nullcontext():
+                optimizer.step()
+        assert optimizer.state[there]["exp_avg"].device.type == "meta" and optimizer.state[there]["step"] == 3
+        results.append(here)
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("foreach", [True, False])
-@pytest.mark.torch_serves
 def test_complex_beside_real(foreach):
     """A7: a group with a complex parameter is torch's."""
     params, grads = sample_inputs(torch.float32, [(3,), (4,)], steps=3)
@@ -578,7 +622,7 @@ def test_complex_beside_real(foreach):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("a step that is differentiated is torch's")
 def test_differentiable():
     """A9: the gradient of the updated parameter with respect to the gradient is torch's."""
     results = []
@@ -709,13 +753,13 @@ def master_of(optimizer, p):
 
 
 @pytest.mark.usefixtures("some_kernels")
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_master_weights(backend, request):
+@pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("torch", marks=pytest.mark.torch_serves("the portable code, over torch's"))]
+)
+def test_master_weights(backend):
     """A bfloat16 parameter with its master is the float32 one, to the bit, and what is seen of it is its rounding."""
     from nnfast.backend import use_backend
 
-    if backend == "torch":
-        request.applymarker("torch_serves")
     sizes = [(1,), (7,), (16,), (33,), (130,), (40, 30)]
     for options in ({}, {"amsgrad": True, "lr": 1e-4, "maximize": True}):
         params, grads = sample_inputs(torch.bfloat16, sizes, steps=20)

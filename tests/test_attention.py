@@ -237,7 +237,7 @@ def test_autocast():
                 torch.testing.assert_close(a, b, rtol=2e-2, atol=3e-2)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("the user forbids ours")
 def test_backends_that_the_user_forbids():
     qkv, _, _ = sample_inputs((1, 2, 2, 8, 8, 8, 8), torch.float32)
     for backends in ([SDPBackend.MATH], [SDPBackend.EFFICIENT_ATTENTION]):
@@ -281,7 +281,7 @@ def torchs_calls():
 
 
 @pytest.mark.parametrize("name, args, kwargs", list(torchs_calls()), ids=[c[0] for c in torchs_calls()])
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("calls that ours does not cover, and bad input")
 def test_what_is_torchs(name, args, kwargs):
     """S1: calls that ours does not cover, and torch's errors."""
     said = []

@@ -26,7 +26,7 @@ def test_fullgraph(backend):
     torch.testing.assert_close(compiled_grads, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("the compiler is handed torch's ops")
 def test_dynamic_shapes_compile_once():
     from torch._dynamo.testing import CompileCounter
 
@@ -52,7 +52,7 @@ def graphs(m, x):
     return seen
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("the compiler is handed torch's ops")
 def test_the_compiler_is_handed_torchs_graphs():
     """Ours under torch.compile is as fast as torch's because it is the same: node for node."""
     from test_accelerate import MLP, Block, Function
@@ -90,7 +90,7 @@ def test_the_ops_themselves_compile(call):
 
 
 @pytest.mark.parametrize("tensor_lr", [True, False])
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("the compiler is handed torch's ops")
 def test_compiled_step_does_not_recompile_per_lr(tensor_lr):
     """A9: never for a tensor's value, and for a number no more often than torch's own."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -127,7 +127,7 @@ def test_export():
     torch.testing.assert_close(exported.module()(x), m(x))
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("a tracer sees torch's ops")
 def test_make_fx():
     m, x = model().eval(), torch.randn(5, 12)
     aten_only(make_fx(m)(x).graph)
@@ -164,7 +164,7 @@ def test_meta_and_fake_tensors():
         assert model()(torch.randn(5, 12)).shape == (5, 8)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("functorch sees torch's ops")
 def test_function_transforms():
     """L8: torch.func, vmap, forward-mode AD, functional_call, per-sample gradients."""
     m = model()
@@ -185,7 +185,7 @@ def test_function_transforms():
     torch.func.hessian(lambda v: F.layer_norm(v, (12,)).square().sum())(x[0])
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("modes and subclasses see torch's ops")
 def test_modes_and_subclasses_see_torchs_ops():
     """L8: a function mode, a dispatch mode and a subclass."""
     seen = []

@@ -269,7 +269,7 @@ def test_saved_logits_are_guarded():
     torch.testing.assert_close(torch.autograd.grad(loss, x)[0], expected)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("bad input is torch's to refuse")
 def test_errors_are_torchs():
     """C1: type and text; nothing is read out of range."""
     x, target = torch.randn(3, 4), torch.tensor([0, 1, 2])
@@ -297,7 +297,7 @@ def test_errors_are_torchs():
         assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value), keywords
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("calls that ours does not cover")
 def test_what_is_torchs():
     """C1: probabilities, planes, empty batches, the deprecated arguments, negative smoothing."""
     x, target = torch.randn(3, 4, 5), torch.randint(4, (3, 5))
@@ -475,7 +475,7 @@ def test_linear_cross_entropy_never_holds_all_logits():
         assert peak_memory(call, "cpu") < logits // 8 + 4 * (x.nbytes + w.nbytes)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("bad input, and calls that ours does not cover")
 def test_linear_cross_entropy_errors_and_what_is_torchs():
     """C1, C2: torch's errors; 1-D inputs, probabilities and losses of more dimensions are torch's."""
     if not hasattr(TF, "linear_cross_entropy"):

@@ -283,7 +283,6 @@ def test_averaged_model():
     both(Block, train)
 
 
-@pytest.mark.torch_serves
 def test_compiled_training_compiles_once():
     """Dynamic shapes and a learning rate that changes at every step."""
     from torch._dynamo.testing import CompileCounterWithBackend
@@ -313,7 +312,7 @@ def test_compiled_training_compiles_once():
 
 
 @pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("an exported graph has torch's ops")
 def test_export(strict):
     plain, x = Block().eval(), torch.randn(2, 3, 8)
     model = nnfast.accelerate(copy.deepcopy(plain))
@@ -325,7 +324,7 @@ def test_export(strict):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("an exported graph has torch's ops")
 def test_onnx():
     onnx = package("onnx")
     package("onnxscript")
@@ -340,7 +339,7 @@ def test_onnx():
     torch.testing.assert_close(torch.from_numpy(y), plain(x).detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("functorch sees torch's ops")
 def test_torch_func():
     """Per-sample gradients and a jacobian of an accelerated model."""
     plain = torch.nn.Sequential(torch.nn.LayerNorm(8), MLP())

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("cpu_kernels")
 # Outputs as at::empty's, and as blocks of ours; every path that a small case can be led to.
 SMALL = {}
 LOW = {"memory__large_bytes": 256, "linear_gelu__block_bytes": 1, "thread_elements": 64, "stream_bytes": 1}
+LOW |= {"product__one_dnn_multiply_adds": 1}
 PATHS = pytest.mark.parametrize("numbers", [SMALL, LOW], ids=["as they are", "low"])
 
 
@@ -102,32 +103,44 @@ def test_adamw(numbers, dtype, options):
         every_allocation_fails(lambda: optimizer.step(), state)
 
 
-@pytest.mark.xfail(reason="torch's own code makes the state, and leaves half of it where memory runs out", strict=True)
-def test_the_first_step_of_adamw():
-    """Whichever allocation of the first step fails, the step that follows is the first."""
-    start = [torch.randn(30, 20), torch.randn(7)]
-    grads = [torch.randn(20, 30).T, torch.randn(7)]
+@PATHS
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("AdamW", {"amsgrad": True}),
+        ("Adam", {"fused": True}),
+        ("AdamW", {"master_weights": True}),
+        ("SGD", {"momentum": 0.9, "nesterov": True}),
+        ("RMSprop", {"momentum": 0.9, "centered": True}),
+    ],
+    ids=str,
+)
+def test_the_first_step(numbers, name, options):
+    """Whichever allocation of the first step fails, no state is left, and the step that follows is the first."""
+    dtype = torch.bfloat16 if "master_weights" in options else torch.float32
+    start = [torch.randn(30, 20).to(dtype), torch.randn(7).to(dtype)]
+    grads = [torch.randn(20, 30).to(dtype).T, torch.randn(7).to(dtype)]
 
     def optimizer():
         params = [t.clone().requires_grad_() for t in start]
         for p, g in zip(params, grads, strict=True):
             p.grad = g
-        return optim.AdamW(params, amsgrad=True), params
+        return getattr(optim, name)(params, **options), params
 
-    expected, values = optimizer()
-    expected.step()
-    for n in itertools.count():
-        ours, params = optimizer()
-        before = copy.deepcopy(ours.state_dict())
-        with failing_allocation(n) as failed, contextlib.suppress(RuntimeError):
+    with thresholds(**numbers):
+        expected, values = optimizer()
+        expected.step()
+        for n in itertools.count():
+            ours, params = optimizer()
+            before = copy.deepcopy(ours.state_dict())
+            with failing_allocation(n) as failed, contextlib.suppress(RuntimeError):
+                ours.step()
+            if not failed:
+                break
+            assert all(torch.equal(p, t) for p, t in zip(params, start, strict=True))
+            assert before == ours.state_dict() and not ours.state, n
             ours.step()
-        if not failed:
-            break
-        assert all(torch.equal(p, t) for p, t in zip(params, start, strict=True))
-        assert before["param_groups"] == ours.state_dict()["param_groups"]
-        ours.step()
-        assert all(torch.equal(p, q) for p, q in zip(params, values, strict=True)), n
-        for p, q in zip(params, values, strict=True):
-            pairs = zip(ours.state[p].values(), expected.state[q].values(), strict=True)
-            assert all(torch.equal(a, b) for a, b in pairs)
-    assert n > 5
+            for p, q in zip(params, values, strict=True):
+                pairs = zip((p, *ours.state[p].values()), (q, *expected.state[q].values()), strict=True)
+                assert all(torch.equal(a, b) for a, b in pairs), n
+        assert n >= 3

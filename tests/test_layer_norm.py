@@ -260,7 +260,7 @@ def test_eps(eps):
     torch.testing.assert_close(F.layer_norm(x, (50,), eps=eps), TF.layer_norm(x, (50,), eps=eps), equal_nan=True)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("bad input is torch's to refuse")
 def test_errors_are_torchs():
     """L3: type and text."""
     x = torch.randn(3, 4)

@@ -139,7 +139,7 @@ def test_empty(dtype):
 
 
 @pytest.mark.parametrize("features, out", [(0, 3), (5, 0), (0, 0)])
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("without features nothing tells how many rows there are")
 def test_no_features(features, out):
     args = [torch.ones(s, requires_grad=True) for s in ((2, features), (out, features), (out,))]
     ours, torchs = F.linear(*args), TF.linear(*args)
@@ -148,7 +148,7 @@ def test_no_features(features, out):
     assert all(t.grad.shape == t.shape for t in args)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("bad input is torch's to refuse")
 def test_errors_are_torchs():
     """N1: type and text."""
     x, w, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)

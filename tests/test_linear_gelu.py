@@ -137,7 +137,7 @@ def test_layouts_in_one_dnn(features):
     cases = [dense, *others] + [(*dense[:i], o[i], *dense[i + 1 :]) for o in others for i in range(4)]
     for x, w, b, grad_out in cases:
         leaves = [t.detach().requires_grad_() for t in (x, w, b[0])]
-        with thresholds(product__one_dnn_multiply_adds=0, product__one_dnn_float32=1, product__turn_rows=0):
+        with thresholds(product__one_dnn_multiply_adds=0, product__one_dnn_float32=1):
             what = str([t.stride() for t in (*leaves, grad_out)])
             if native.cpu_kernels() == "avx2":  # where oneDNN serves what lies by rows alone
                 compare((*leaves, "none"), grad_out, what)
@@ -240,14 +240,22 @@ def test_modes_tied_weights_and_checkpointing():
         torch.testing.assert_close(*grads)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_precision_of_float32_products(precision):
-    """G2: where the user lets them be less precise, torch decides how."""
+    """G2: where the user lets them be less precise, torch decides how, and the product is torch's to the bit."""
     x, w = torch.randn(256, 256), torch.randn(256, 256)
-    before = torch.get_float32_matmul_precision()
+    exact, before = reference.linear_gelu(x.double(), w.double()), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        torch.testing.assert_close(F.linear_gelu(x, w), torchs_linear_gelu(x, w, None, "none"), rtol=1e-5, atol=1e-4)
+        path = "product.one_dnn" if precision == "highest" else "product.torch"
+        low = {"product__one_dnn_multiply_adds": 1, "product__one_dnn_float32": 1}
+        with thresholds(**low), served("linear_gelu", path):
+            ours = F.linear_gelu(x, w)
+        if precision == "medium":
+            assert torch.equal(ours, F.gelu(TF.linear(x, w)))
+        else:
+            assert_close(ours, torchs_linear_gelu(x, w, None, "none"), exact)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -273,7 +281,7 @@ def test_empty_batch(dtype):
 
 
 @pytest.mark.parametrize("features, out", [(0, 3), (5, 0), (0, 0)])
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("without features nothing tells how many rows there are")
 def test_no_features(features, out):
     """G1: torch serves."""
     args = [torch.ones(s, requires_grad=True) for s in ((2, features), (out, features), (out,))]
@@ -283,7 +291,7 @@ def test_no_features(features, out):
     assert all(t.grad.shape == t.shape for t in args)
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("bad input is torch's to refuse")
 def test_errors_are_torchs():
     """G1: type and text, for the shapes, the dtypes and approximate."""
     x, w, b = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)

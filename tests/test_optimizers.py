@@ -118,7 +118,7 @@ def test_torchs_database(name, dtype):
 
 
 @each
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("bad input is torch's to refuse")
 def test_torchs_database_of_errors(name):
     """A1, A11."""
     for error in INFO[name].optim_error_inputs_func("cpu", torch.float32):
@@ -226,8 +226,13 @@ def test_grad_scaler_beside_what_is_torchs(fused):
         torch.testing.assert_close(*results)
 
 
-@each
-@pytest.mark.torch_serves
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n == "SGD" else pytest.param(n, marks=pytest.mark.torch_serves("bad input is torch's to refuse"))
+        for n in NAMES
+    ],
+)
 def test_sparse_gradients(name):
     """A7: torch's result for SGD, and torch's error for the others, before anything changes."""
     results = []

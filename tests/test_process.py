@@ -145,13 +145,40 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_peak_memory(name):
     """A9: no more than torch's, but for the threads' sums over rows (three levels for a weight and a bias each), and
-    for the copy of a part of an operand that oneDNN takes for a float32 product."""
+    for what is counted here of oneDNN alone: where a float32 product is oneDNN's, its scratch memory comes from torch's
+    allocator (half a megabyte of it at the peak of "mlp", for the last weight's gradient), while MKL takes its own
+    unseen. What the process takes of both is below."""
     torch.use_deterministic_algorithms(False)  # which would fill outputs, and so take them from torch
     ours, torchs = (peak(CALLS[name](lib)) for lib in (nn, torch.nn))
     sums = 0 if name == "adamw" else 2 * torch.get_num_threads() * 3 * 1024 * 4
-    copies = 2 * 256 * 1024 if name == "mlp" else 0
-    assert ours <= torchs + sums + copies, f"{ours / 2**20:.2f} MiB, torch {torchs / 2**20:.2f} MiB"
+    scratch = 2 * 256 * 1024 if name == "mlp" else 0
+    assert ours <= torchs + sums + scratch, f"{ours / 2**20:.2f} MiB, torch {torchs / 2**20:.2f} MiB"
     assert torchs > 0 or name == "adamw"
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("op", ["layer_norm", "linear", "linear_gelu"])
+def test_no_wasted_work(op):
+    """L9: no memory for a gradient that nobody wants, nor is what only that would read kept for the backward."""
+    torch.use_deterministic_algorithms(False)
+    x, w = torch.randn(64, 4096), torch.randn(512, 4096)
+    x, w = (w, w[0].clone()) if op == "layer_norm" else (x, w)
+    calls = {
+        "layer_norm": lambda x, w: F.layer_norm(x, (4096,), w),
+        "linear": F.linear,
+        "linear_gelu": F.linear_gelu,
+    }
+    saved = []
+    for frozen in (0, 1):
+        args = [t.detach().requires_grad_(i != frozen) for i, t in enumerate((x, w))]
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+            output = calls[op](*args)
+        wanted, grad = args[1 - frozen], torch.ones_like(output)
+        taken = peak(lambda output=output, wanted=wanted, grad=grad: torch.autograd.grad(output, wanted, grad))
+        assert taken < wanted.nbytes + args[frozen].nbytes / 2, (frozen, taken)
+        if op != "layer_norm":
+            assert wanted.data_ptr() not in saved and args[frozen].data_ptr() in saved
 
 
 RESIDENT = """
@@ -222,7 +249,6 @@ def test_what_was_not_needed_for_long_is_given_back():
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
 @pytest.mark.served_in_children
-@pytest.mark.xfail(reason="kept memory is not given back where torch's own allocation finds none", strict=False)
 def test_no_memory_left():
     """Kept memory is given back before a call fails, and the error is torch's."""
     assert run_script(NO_MEMORY).split() == ["kept", "given", "torchs"]
@@ -240,7 +266,8 @@ def keep():
 keep()
 print("kept")
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (taken + 2**26, taken + 2**26))
+# Less than what is asked for next; threads' own heaps take some of it, 64 MB each.
+resource.setrlimit(resource.RLIMIT_AS, (taken + 3 * 2**26, taken + 3 * 2**26))
 assert F.gelu(wider)[::4096].eq(0).all()
 print("given")
 nnfast.empty_cache()

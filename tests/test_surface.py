@@ -66,7 +66,7 @@ def test_submodules_are_import_targets():
         importlib.import_module("nnfast.nn.no_such_module")
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("nothing is computed")
 def test_import_is_quiet():
     """Importing initialises no GPU and compiles nothing, and leaves torch's classes alone."""
     code = (
@@ -79,6 +79,21 @@ def test_import_is_quiet():
     )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == done.stderr == "", done.stderr
+
+
+@pytest.mark.served_in_children
+def test_without_triton():
+    """Where nobody has installed it: imported, and ours serve."""
+    code = (
+        "import sys; sys.modules['triton'] = None;"
+        "import torch, nnfast, nnfast.nn.functional as F;"
+        "x = torch.randn(3, 5);"
+        "torch.testing.assert_close(F.layer_norm(x, (5,)), torch.layer_norm(x, (5,)));"
+        "assert nnfast.backend.available('triton');"
+        "assert nnfast.backend.available('cpu') or nnfast.backend.native.paths()['layer_norm'] == 1"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_doctor():

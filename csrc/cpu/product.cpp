@@ -18,8 +18,7 @@ __attribute__((weak, visibility("default"))) void mkldnn_matmul(
 namespace nnfast {
 namespace {
 
-Path by_one_dnn("product.one_dnn"), into_memory("product.into_memory"), by_torch("product.torch"),
-    turned("product.turned");
+Path by_one_dnn("product.one_dnn"), into_memory("product.into_memory"), by_torch("product.torch");
 
 // Whether float32 products are oneDNN's at all: on Intel's CPUs they stay MKL's, which is made for them.
 bool not_intel() {
@@ -58,10 +57,6 @@ bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
   return exact && context.userEnabledMkldnn() && (by_rows || cpu_kernels()->avx512);
 }
 
-// oneDNN reads its first operand by rows and copies it where it does not lie so, while it
-// takes the second as it is. With many rows it pays to have the smaller operand copied, and to turn the result around.
-Threshold many_rows("product.turn_rows", 2048);
-
 // a b, where one_dnn_serves, in memory of ours.
 Tensor one_dnn_matmul(const Tensor& a, const Tensor& b) {
   into_memory.taken();
@@ -84,11 +79,6 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
       input, weight, dense, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
-Tensor product_tn(const Tensor& a, const Tensor& b) {
-  if (at::native::mkldnn_matmul && one_dnn_serves(a.t(), b.t())) return by_one_dnn.taken(), one_dnn_matmul(a.t(), b);
-  const bool turn = a.size(1) > b.size(1) && a.size(0) >= many_rows && one_dnn_serves(b.t(), a.t());
-  if (turn) turned.taken();
-  return turn ? product(b.t(), a.t()).t().contiguous() : product(a.t(), b.t());
-}
+Tensor product_tn(const Tensor& a, const Tensor& b) { return product(a.t(), b.t()); }
 
 }  // namespace nnfast

@@ -55,16 +55,42 @@ class NativeStep:
         return call(self.param_groups, self.state, scale, inf, coef, self.master_weights, seed, skipped)
 
     def _first_or_torch_step(self, coef: Tensor | None) -> None:
-        # torch's own _init_group makes the state, and raises for what it refuses: for every group, before any
-        # parameter has changed.
-        calls = [self._call(group) for group in self.param_groups]
         if is_compiling():
+            calls = [self._call(group) for group in self.param_groups]
             for group, (lists, options) in zip(self.param_groups, calls, strict=True):
                 self._torch_step(group, lists, options, coef)
             return
-        left = self._native_step(coef)
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        before = {p: dict(self.state[p]) for p in params if p in self.state}
+        try:
+            calls, left = self._made_ready(coef)
+        except BaseException:
+            # Half of the state may have been made when memory ran out.
+            for p in params:
+                if p in before:
+                    self.state[p].clear()
+                    self.state[p].update(before[p])
+                else:
+                    self.state.pop(p, None)
+            raise
         if left is True:
             return
+        backend.torch_serves(f"{type(self).__name__}.step")
+        # First torch's, which can fail on the way.
+        for group, (lists, options) in zip(self.param_groups, calls, strict=True):
+            if lists[0]:
+                self._torch_step(group, lists, options, coef)
+        if left:
+            self._native_step(coef, {p for group in left for p in group})
+
+    def _made_ready(self, coef: Tensor | None) -> tuple[list, bool | list[list[Tensor]]]:
+        """What is left to do once all state is there: torch's calls, and what `_native_step` says."""
+        # torch's own _init_group makes the state, and raises for what it refuses: for every group, before any
+        # parameter has changed.
+        calls = [self._call(group) for group in self.param_groups]
+        left = self._native_step(coef)
+        if left is True:
+            return calls, left
         for i, (lists, options) in enumerate(calls):
             theirs = range(len(lists[0]))
             if left:
@@ -73,13 +99,7 @@ class NativeStep:
             calls[i] = [[kind[k] for k in theirs] if kind else kind for kind in lists], options
             if _misshapen(calls[i][0]):
                 self._torch(*([_clone(t) for t in kind] for kind in calls[i][0]), **options)  # torch's error
-        backend.torch_serves(f"{type(self).__name__}.step")
-        # First torch's, which can fail on the way.
-        for group, (lists, options) in zip(self.param_groups, calls, strict=True):
-            if lists[0]:
-                self._torch_step(group, lists, options, coef)
-        if left:
-            self._native_step(coef, {p for group in left for p in group})
+        return calls, left
 
     def _torch_step(self, group: dict, lists: list[list], options: dict, coef: Tensor | None) -> None:
         """torch's own code, its fused kernel excepted where that is wrong: it takes every tensor's memory for dense and
