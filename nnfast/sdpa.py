@@ -7,37 +7,33 @@ stays as it is, and so does any other choice that is made later.
 """
 
 import inspect
-import types
 
 import torch
 from torch.compiler import is_compiling
+from torch.overrides import TorchFunctionMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as _theirs
 from transformers.modeling_utils import AttentionInterface
 
-import nnfast.nn
+from nnfast import functional as F
 
 _REGISTRY, NAME = "ALL_ATTENTION_FUNCTIONS", "nnfast"
 
 
-class _Torch:
-    """torch, in which ``nn`` is ours."""
+class _Ours(TorchFunctionMode):
+    """Hands torch's attention to ours while transformers' own code runs, which may do more than call it."""
 
-    nn = nnfast.nn
-
-    def __getattr__(self, name: str):
-        return getattr(torch, name)
-
-
-# Their code, which may do more than call torch's attention: it finds ours where it looks for torch's.
-_ours = types.FunctionType(
-    _theirs.__code__, {**_theirs.__globals__, "torch": _Torch()}, NAME, _theirs.__defaults__, _theirs.__closure__
-)
-_ours.__kwdefaults__ = _theirs.__kwdefaults__
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            func = F.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
 
 
 def _attention(*args, **kwargs):
     """transformers' ``sdpa``, whose call of torch's attention is one of ours. What is compiled is transformers' own."""
-    return (_theirs if is_compiling() else _ours)(*args, **kwargs)
+    if is_compiling():
+        return _theirs(*args, **kwargs)
+    with _Ours():
+        return _theirs(*args, **kwargs)
 
 
 AttentionInterface.register(NAME, _attention)
