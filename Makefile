@@ -11,7 +11,8 @@
 #               a slice under ThreadSanitizer; make emulate-slice the slice of both; make emulate-mutants: what its tests
 #               would miss
 # make docs    the documentation, in build/docs
-# make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions
+# make compile-gpu    every CUDA kernel for sm_80, sm_90a and sm_100, with no GPU: registers, spills, instructions; and
+#               their host code against the headers of this torch and of the oldest of TORCHES (which it downloads)
 #
 # make wheel    one wheel for each of PYTHONS, for every torch of TORCHES (which it downloads), into dist/; make sdist
 #
@@ -40,8 +41,9 @@ CPP := $(filter-out %.py %.map,$(filter csrc/%,$(SOURCES))) $(wildcard tests/emu
 demo: $(INSTALLED)
 	$(PYTHON) benchmarks/train_gpt.py
 
+# Threads that wait asleep: beside other work on the machine, spinning ones make the tests several times as slow.
 test: $(TOOLS)
-	$(PYTHON) -m pytest
+	OMP_WAIT_POLICY=passive $(PYTHON) -m pytest
 
 bench: $(TOOLS)
 	$(PYTHON) -m pytest benchmarks --benchmark-only -q --compile
@@ -122,8 +124,8 @@ format: $(TOOLS)
 docs: $(TOOLS)
 	$(PYTHON) -m mkdocs build --quiet
 
-compile-gpu: $(TOOLS)
-	$(PYTHON) csrc/cuda/compile.py
+compile-gpu: $(TOOLS) build/torch-$(firstword $(TORCHES))/torch/version.py
+	$(PYTHON) csrc/cuda/compile.py build/torch-$(firstword $(TORCHES))/torch
 
 emulate: $(TOOLS)
 	$(PYTHON) tests/emulate/run.py asan

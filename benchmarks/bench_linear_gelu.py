@@ -13,7 +13,7 @@ import nnfast.nn
 import nnfast.nn.functional
 from nnfast import reference
 
-from .harness import DIRECTIONS, OURS, Case, Task, compiled, function_task
+from .harness import DIRECTIONS, MOST_ELEMENTS, OURS, Case, Task, compiled, function_task
 
 OP = "linear_gelu"
 MODELS = {  # tokens, in_features, out_features
@@ -31,8 +31,10 @@ LARGE = {
         (tokens, *layer)
         for tokens in (1024, 8192, 65536)
         for layer in ((768, 3072), (1600, 6400), (2048, 8192), (4096, 16384), (5120, 20480), (8192, 32768))
+        if tokens * layer[1] <= MOST_ELEMENTS
     ]
 }
+GOALS = ("transformer",)  # what a GPU's figures are judged by
 MODULES = ("tiny", "BERT-base", "BERT-large")
 PRODUCTS = {"forward": 1, "backward": 2, "both": 3}
 PASSES = {"forward": 2, "backward": 3, "both": 5}  # of GELU alone
@@ -106,16 +108,20 @@ def task(case: Case, compile: bool = False) -> Task:
         functions["torch._addmm_activation"] = lambda x, w, b: torch._addmm_activation(
             b.detach(), x.detach(), w.detach().t(), use_gelu=True
         )
-    plain_x, plain_w = x.detach(), w.detach()
-    ceiling = {"product": lambda: F.linear(plain_x, plain_w)}
-    if case.device == "cpu" and torch.backends.mkldnn.is_available():
-        ceiling["oneDNN's product"] = lambda: torch.ops.mkldnn._linear_pointwise(plain_x, plain_w, None, "none", [], "")
+    plain_x, plain_w, grad = x.detach(), w.detach(), torch.randn(tokens, size_out, **make)
     products = PRODUCTS[case.direction]
+    ceiling, scale = {"product": lambda: F.linear(plain_x, plain_w)}, products
+    if case.device == "cuda":  # the backward's own products: their operands lie otherwise
+        backward = (lambda: torch.mm(grad, plain_w), lambda: torch.mm(grad.t(), plain_x))
+        bare = {"forward": (ceiling["product"],), "backward": backward, "both": (ceiling["product"], *backward)}
+        ceiling, scale = {"products": lambda: [product() for product in bare[case.direction]]}, 1
+    elif torch.backends.mkldnn.is_available():
+        ceiling["oneDNN's product"] = lambda: torch.ops.mkldnn._linear_pointwise(plain_x, plain_w, None, "none", [], "")
     return function_task(
         case, functions, lambda x, w, b: reference.linear_gelu(x, w, b, approximate), [x, w, b],
-        torch.randn(tokens, size_out, **make), flops=2 * tokens * size_in * size_out * products,
+        grad, flops=2 * tokens * size_in * size_out * products,
         nbytes=products * x.element_size() * (tokens * size_in + size_in * size_out + tokens * size_out),
-        ceiling=ceiling, ceiling_scale=products,
+        ceiling=ceiling, ceiling_scale=scale,
     )  # fmt: skip
 
 

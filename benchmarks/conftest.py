@@ -1,7 +1,13 @@
 """The suite under pytest-benchmark: a case a test, a progress bar, a table, and rows in results/<device>/<op>.csv.
 
 pytest benchmarks --benchmark-only [-k "layer_norm and bf16"] [--device cuda] [--backend triton] [--compile] [--graph]
+
+In parts, where a command may take only so long: --seconds 500 --resume, again until nothing is left.
 """
+
+import dataclasses
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,24 +17,43 @@ from rich.table import Table
 
 import nnfast
 
-from . import harness
+from . import harness, rehearsal
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("nnfast")
-    group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda", "rehearsal"))
     group.addoption("--backend", choices=("cuda", "triton", "cpu"), help="hold nnfast to one of its backends")
     group.addoption("--compile", action="store_true", help="torch.compile as a provider as well")
     group.addoption("--graph", action="store_true", help="on a GPU: time CUDA graphs, not eager calls")
     group.addoption("--no-results", action="store_true", help="leave the CSV files alone")
+    group.addoption("--results", type=Path, help="where the CSV files are; otherwise results/<device>")
+    group.addoption("--resume", action="store_true", help="leave out the cells that the CSV files hold")
+    group.addoption("--goals", action="store_true", help="only the shapes that a GPU's figures are judged by")
+    group.addoption("--seconds", type=float, help="start no cell after so long")
 
 
 def pytest_generate_tests(metafunc):
-    device = metafunc.config.getoption("--device")
+    option = metafunc.config.getoption
+    device, module = option("--device"), metafunc.module
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch finds no GPU here")
-    cases = metafunc.module.cases(device)
+    cases = module.cases("cuda" if device == "rehearsal" else device)
+    if option("--graph") and device != "cpu":
+        cases = [dataclasses.replace(case, graph=True) for case in cases]
+    if option("--goals"):
+        cases = [case for case in cases if case.model in module.GOALS]
+        cases.sort(key=lambda case: case.dtype != "bf16")
+    if device == "rehearsal":
+        cases = list(dict.fromkeys(map(rehearsal.case, cases)))
+    if option("--resume"):
+        there = harness.measured(results(metafunc.config, cases[0].device) / f"{module.OP}.csv")
+        cases = [case for case in cases if case.key not in there]
     metafunc.parametrize("case", cases, ids=lambda case: str(case).replace(" ", "-"))
+
+
+def results(config, device: str) -> Path:
+    return config.getoption("--results") or harness.folder(device)
 
 
 @pytest.fixture
@@ -39,20 +64,19 @@ def race(case, benchmark, request):
     def run(case, task):
         torch.manual_seed(0)
         benchmark.group = case.op
-        made = task(case, compile=option("--compile"))
-        errors = [vars(row) for row in harness.error_rows(case, made)]
-        found = harness.run(
-            case,
-            made,
-            repeat=lambda lap, count: benchmark.pedantic(lap, rounds=count, iterations=1),
-            graph=option("--graph"),
-        )
+        with harness.capturable(case):
+            made = task(case, compile=option("--compile"))
+            errors = [vars(row) for row in harness.error_rows(case, made)]
+            found = harness.run(
+                case, made, repeat=lambda lap, count: benchmark.pedantic(lap, rounds=count, iterations=1)
+            )
         benchmark.extra_info["rows"] = rows = [vars(row) for row in found]
         request.config.stash[FOUND].append(found)
         if not option("--no-results"):
-            harness.append(rows, harness.folder(case.device) / f"{case.op}.csv")
+            folder = results(request.config, case.device)
             if errors:
-                harness.append(errors, harness.folder(case.device) / "errors.csv")
+                harness.append(errors, folder / "errors.csv")
+            harness.append(rows, folder / f"{case.op}.csv")  # last: it says that the cell is done
 
     return run
 
@@ -61,10 +85,13 @@ def race(case, benchmark, request):
 
 FOUND = pytest.StashKey[list]()
 PROGRESS = pytest.StashKey[Progress]()
+STARTED = time.monotonic()
 
 
 def pytest_configure(config):
     config.stash[FOUND] = []
+    if config.getoption("--device") == "rehearsal":
+        rehearsal.begin()
     config.option.benchmark_quiet = True  # its table holds the laps' own time, which says nothing
     if backend := config.getoption("--backend"):
         forced = nnfast.use_backend(backend)
@@ -87,6 +114,9 @@ def pytest_runtest_setup(item):
 
 def pytest_runtest_teardown(item):
     item.config.stash[PROGRESS].advance(0)
+    seconds = item.config.getoption("--seconds")
+    if seconds and time.monotonic() - STARTED > seconds:
+        item.session.shouldstop = f"{seconds:.0f} s are over; --resume goes on"
 
 
 def pytest_report_teststatus(report):

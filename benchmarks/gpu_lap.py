@@ -1,15 +1,18 @@
-"""Builds, tests and benchmarks everything in one go, on a machine with a GPU and without a network.
+"""Builds, tests and benchmarks everything in one go, on a machine with a GPU and without git or a network.
 
-    python benchmarks/gpu_lap.py                        every step, into benchmarks/results/<device>/
-    python benchmarks/gpu_lap.py --steps build test     some of them
+    python benchmarks/gpu_lap.py --out results                      every step
+    python benchmarks/gpu_lap.py --out results --steps build test   some of them
+    python benchmarks/gpu_lap.py --out more --before results        what a lap before this one has not finished
+    python benchmarks/gpu_lap.py --out build/lap --rehearse         all of it on a machine that has no GPU
 
 Beforehand, on a machine with a network: ``make compile-gpu``, which leaves CUTLASS's headers in ``build/cutlass``. They
 go along, with the checkout. The GPU machine needs PyTorch for CUDA, its CUDA toolkit, a C++ compiler and the packages
-pytest, pytest-benchmark, hypothesis, ninja, rich and matplotlib.
+setuptools, pytest, pytest-benchmark, hypothesis, ninja, rich and matplotlib.
 
-A stop loses nothing: a step's words go to ``lap.log`` as they come, its outcome to ``lap.csv`` when it ends, and each
-cell of the benchmarks to its op's CSV file as soon as it is measured. What has failed does not keep the next step from
-running, except the build.
+It ends within ``--seconds``, and a stop loses nothing: a step's words go to ``lap.log`` as they come, its outcome to
+``lap.csv`` when it ends, and each cell of the benchmarks to its op's CSV file as soon as it is measured, the shapes
+that a GPU is judged by first. What has failed does not keep the next step from running, except the build. Afterwards,
+anywhere: ``benchmarks/report.py``, with the files in ``benchmarks/results/<device>/``.
 """
 
 import argparse
@@ -17,7 +20,7 @@ import csv
 import datetime
 import importlib.util
 import os
-import re
+import shutil
 import subprocess
 import sys
 import time
@@ -28,45 +31,69 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 ROOT = Path(__file__).resolve().parents[1]
-NEEDED = ("pytest", "pytest_benchmark", "hypothesis", "ninja", "matplotlib")
+NEEDED = ("setuptools", "pytest", "pytest_benchmark", "hypothesis", "ninja", "matplotlib")
 # Seconds after which a command is stopped: a lap ends though one thing hangs.
-LIMITS = {"build": 600, "doctor": 60, "test": 900, "bench": 900, "train": 600, "report": 60}
+LIMITS = {"build": 500, "doctor": 60, "test": 400, "goals": 500, "graphs": 500, "train": 300, "bench": 500}
+# What our kernels serve on a GPU; the rest is torch's there.
+OPS = "layer_norm", "linear_gelu", "adamw"
+OVER = 20  # seconds that a cell may take beyond the last start, and a stopped process to end
+INSTALLED = "from nnfast import backend, kernels; assert backend.available({!r}) == '', backend.available({!r})"
 
 
-def commands(out: Path) -> dict[str, list[list[str]]]:
+def commands(out: Path, rehearse: bool) -> dict[str, list[list[str]]]:
     """What each step runs, in the order of a lap."""
     python = [sys.executable, "-u"]
-    bench = [
-        [*python, "-m", "pytest", str(path), "--benchmark-only", "-q", "--device", "cuda", *options]
-        for options in (["--compile"], ["--compile", "--graph"], ["--backend", "triton"])
-        for path in sorted((ROOT / "benchmarks").glob("bench_*.py"))
-    ]
+    device, other = ("rehearsal", "cpu") if rehearse else ("cuda", "triton")
+    modes = ["--compile"], ["--compile", "--graph"], ["--backend", other]
+
+    def bench(*options: str) -> list[list[str]]:
+        return [
+            [*python, "-m", "pytest", f"benchmarks/bench_{op}.py", "--benchmark-only", "-q", "-p", "no:cacheprovider",
+             "--device", device, "--results", str(out), "--resume", *options]
+            for op in OPS
+        ]  # fmt: skip
+
     # Editable: nnfast.kernels lies in a folder of its own, which only an installation finds.
     build = [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
-    train = [*python, "benchmarks/train_gpt.py", "--device", "cuda", "--dtype", "bfloat16", "--steps", "200"]
-    train += ["--layers", "12", "--width", "768", "--batch", "32", "--out", str(out / "step.png")]
-    train += ["--compile", "--record"]
+    train = [*python, "benchmarks/train_gpt.py", "--out", str(out / "step.png"), "--record", "--results", str(out)]
+    train += ["--dtype", "bfloat16"]
+    if rehearse:
+        train += ["--steps", "4", "--layers", "1", "--width", "64", "--batch", "1"]
+    else:
+        train += ["--device", "cuda", "--steps", "200", "--layers", "12", "--width", "768", "--batch", "32"]
+        train += ["--compile"]
+    goals = [bench("--goals", *mode) for mode in modes]
+    # A rehearsal's cells are all of a few shapes: those of the goals are enough.
+    rest = [] if rehearse else [command for mode in modes for command in bench(*mode)]
     return {
         "build": [build],
         "doctor": [[*python, "-m", "nnfast"]],
-        "test": [[*python, "-m", "pytest", "-m", "gpu", "-q", "--durations=10"]],
-        "bench": bench,
+        "test": [[*python, "-m", "pytest", "tests/test_gpu.py", "-m", "gpu", "-q", "-p", "no:cacheprovider"]],
+        "goals": goals[0],
         "train": [train],
-        "report": [[*python, "benchmarks/report.py"]],
+        "graphs": goals[1] + goals[2],
+        "bench": rest,
     }
 
 
-def describe() -> dict[str, str]:
+def describe(rehearse: bool) -> dict[str, str]:
     """What a result depends on, for every line of ``lap.csv``."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip() or "unknown",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "commit": os.environ["NNFAST_COMMIT"],
+        "device": "rehearsal" if rehearse else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "python": sys.version.split()[0],
     }
+
+
+def commit() -> str:
+    try:
+        command = ["git", "describe", "--always", "--dirty=+"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 def run(command: list[str], limit: float, env: dict[str, str], log: Path, console: Console) -> tuple[str, float]:
@@ -77,27 +104,43 @@ def run(command: list[str], limit: float, env: dict[str, str], log: Path, consol
         begin = file.tell()
         try:
             code = subprocess.run(command, cwd=ROOT, env=env, stdout=file, stderr=file, timeout=limit).returncode
-            outcome = "ok" if code == 0 else f"exit status {code}"
         except subprocess.TimeoutExpired:
-            outcome = f"stopped after {limit:.0f} s"
-    seconds = time.perf_counter() - start
+            code = None
     said = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
-    console.print(f"{' '.join(command[1:4])}: {outcome}, {seconds:.0f} s", markup=False)
-    for line in said[-15:] if outcome != "ok" else said[-1:]:
+    # 5: pytest has found nothing to do, as every cell is there already.
+    if code == 0 or (code == 5 and "--resume" in command):
+        outcome = "ok"
+    elif code == 2 and any("--resume goes on" in line for line in said):
+        outcome = "unfinished"
+    else:
+        outcome = f"exit status {code}" if code is not None else f"stopped after {limit:.0f} s"
+    seconds = time.perf_counter() - start
+    console.print(f"{' '.join(command[2:6])}: {outcome}, {seconds:.0f} s", markup=False)
+    for line in said[-15:] if outcome not in ("ok", "unfinished") else said[-1:]:
         console.print(f"    {line}", markup=False, highlight=False)
     return outcome, seconds
 
 
+def finished(table: Path) -> set[str]:
+    """The commands that a lap before this one has done."""
+    if not table.exists():
+        return set()
+    with table.open() as file:
+        return {row["command"] for row in csv.DictReader(file) if row["outcome"] == "ok"}
+
+
 def main() -> int:
-    device = describe()["device"]
-    default = ROOT / "benchmarks/results" / re.sub(r"\W+", "-", device.lower())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=default, help="where results go (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="where results go: eight files at the most")
+    parser.add_argument("--before", type=Path, help="where those of the laps before this one are")
     parser.add_argument("--steps", nargs="+", choices=LIMITS, default=list(LIMITS), help="which steps to run")
+    parser.add_argument("--seconds", type=float, default=560, help="how long it may take (default: %(default)s)")
+    parser.add_argument("--commit", help="what stands in the results, where there is no git")
+    parser.add_argument("--rehearse", action="store_true", help="on a machine without a GPU")
     args = parser.parse_args()
-    console = Console()
-    if not torch.cuda.is_available():
-        console.print("There is no GPU that this torch can use; without one: make compile-gpu, make test")
+    console, start = Console(), time.monotonic()
+    if not args.rehearse and not torch.cuda.is_available():
+        console.print("There is no GPU that this torch can use; without one: --rehearse, make compile-gpu, make test")
         return 2
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         console.print(f"Missing here: {', '.join(missing)}")
@@ -105,28 +148,56 @@ def main() -> int:
 
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    major, minor = torch.cuda.get_device_capability()
-    arch = f"{major}{minor}" + ("a" if major == 9 else "")
-    env = {**os.environ, "NNFAST_CUDA_ARCH": os.environ.get("NNFAST_CUDA_ARCH", arch)}
-    todo = [(step, command) for step, each in commands(out).items() if step in args.steps for command in each]
-    failed = 0
+    if args.before:
+        shutil.copytree(args.before, out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    os.environ["NNFAST_COMMIT"] = args.commit or commit()
+    env = dict(os.environ)
+    if not args.rehearse:
+        major, minor = torch.cuda.get_device_capability()
+        env.setdefault("NNFAST_CUDA_ARCH", f"{major}{minor}" + ("a" if major == 9 else ""))
+    # A machine may be another one than the last time: whether it is built is asked of it.
+    backend = "cpu" if args.rehearse else "cuda"
+    asked = [sys.executable, "-c", INSTALLED.format(backend, backend)]
+    built = subprocess.run(asked, cwd=ROOT.parent, capture_output=True).returncode == 0
+    done = finished(out / "lap.csv")
+    todo = [
+        (step, command)
+        for step, each in commands(out, args.rehearse).items()
+        for command in each
+        if step in args.steps and (not built if step == "build" else words(command, out) not in done)
+    ]
+    failed = left = 0
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console) as progress, (out / "lap.csv").open("a", newline="") as file:
-        table = csv.DictWriter(file, [*describe(), "step", "command", "outcome", "seconds"])
+        table = csv.DictWriter(file, [*describe(args.rehearse), "step", "command", "outcome", "seconds"])
         if file.tell() == 0:
             table.writeheader()
         bar = progress.add_task("lap", total=len(todo))
-        for step, command in todo:
+        for i, (step, command) in enumerate(todo):
             progress.update(bar, description=step)
-            outcome, seconds = run(command, LIMITS[step], env, out / "lap.log", progress.console)
-            row = {"step": step, "command": " ".join(command[1:]), "outcome": outcome, "seconds": f"{seconds:.1f}"}
-            table.writerow({**describe(), **row})
+            limit = min(LIMITS[step], args.seconds - (time.monotonic() - start))
+            resumes = "--resume" in command
+            if limit < (2 * OVER if resumes else 5):
+                left = len(todo) - i
+                break
+            call = [*command, "--seconds", f"{limit - OVER:.0f}"] if resumes else command
+            outcome, seconds = run(call, limit, env, out / "lap.log", progress.console)
+            row = {"step": step, "command": words(command, out), "outcome": outcome, "seconds": f"{seconds:.1f}"}
+            table.writerow({**describe(args.rehearse), **row})
             file.flush()
             progress.advance(bar)
-            failed += outcome != "ok"
+            failed += outcome not in ("ok", "unfinished")
+            left += outcome == "unfinished"
             if step == "build" and outcome != "ok":
                 break
+    if left:
+        console.print(f"{left} commands are left: another lap with --before {args.out}")
     return 1 if failed else 0
+
+
+def words(command: list[str], out: Path) -> str:
+    """A command as ``lap.csv`` names it, wherever its results go."""
+    return " ".join(command[1:]).replace(str(out), "OUT")
 
 
 if __name__ == "__main__":

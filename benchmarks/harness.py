@@ -32,11 +32,14 @@ OURS = "nnfast"
 CALL_SECONDS = 50e-6  # shorter calls are repeated within a lap until they take this long together
 CASE_SECONDS = 0.5  # how long the laps of a case may take ...
 LAPS = (7, 200)  # ... and how few and how many there may be
+#: Elements of the largest tensor of a case: in float64 it takes 8 GB, and a check holds about ten like it.
+MOST_ELEMENTS = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One cell. ``model`` says where such a shape is met; ``variant`` is the op's option (GELU's ``approximate``)."""
+    """One cell. ``model`` says where such a shape is met; ``variant`` is the op's option (GELU's ``approximate``);
+    ``graph``: on a GPU, what is timed is the replay of a CUDA graph."""
 
     op: str
     model: str
@@ -45,6 +48,17 @@ class Case:
     direction: str = "both"
     variant: str = ""
     device: str = "cpu"
+    graph: bool = False
+
+    @property
+    def backend(self) -> str:
+        """As it stands in the results: what nnfast is held to, if anything, and graph."""
+        return " ".join(filter(None, (forced(), "graph" if self.graph else None)))
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What tells its rows from those of another cell in a CSV file."""
+        return "x".join(map(str, self.shape)), self.model, self.dtype, self.direction, self.variant, self.backend
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -157,32 +171,23 @@ class CpuClock:
         return {name: self._time(call, repeats) for name, (call, repeats) in self.calls.items()}
 
 
+#: A rehearsal without a GPU puts a stand-in here.
+cuda = torch.cuda
+
+
 class CudaClock(CpuClock):
-    """Seconds on the device by events, with the L2 cache emptied before each call; graph: replayed from a CUDA graph,
-    which leaves the cost of the eager call on the host out."""
+    """Seconds on the device by events, with the L2 cache emptied before each call."""
 
-    def __init__(self, calls: dict[str, Callable], graph: bool = False):
-        self._flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
-        super().__init__({name: self._captured(call) if graph else call for name, call in calls.items()})
-
-    @staticmethod
-    def _captured(call) -> Callable:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return graph.replay
+    def __init__(self, calls: dict[str, Callable], device: str = "cuda"):
+        self._flush = torch.empty(256 << 20 if device == "cuda" else 1 << 10, dtype=torch.int8, device=device)
+        super().__init__(calls)
 
     def _repeats(self, call) -> int:
         call()
         return 1
 
     def _time(self, call, repeats: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (cuda.Event(enable_timing=True) for _ in range(2))
         self._flush.zero_()
         begin.record()
         call()
@@ -191,8 +196,33 @@ class CudaClock(CpuClock):
         return begin.elapsed_time(end) / 1e3
 
 
-def clock(case: Case, calls: dict[str, Callable], graph: bool = False) -> CpuClock:
-    return CudaClock(calls, graph) if case.device == "cuda" else CpuClock(calls)
+@contextlib.contextmanager
+def capturable(case: Case):
+    """Where a case's graph is captured, from the making of its task on: a stream beside the default one. A backward
+    runs on the stream of its forward, so that, too, is recorded there."""
+    if not case.graph:
+        yield
+        return
+    stream = cuda.Stream()
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):
+        yield
+    cuda.current_stream().wait_stream(stream)
+
+
+def captured(call: Callable) -> Callable:
+    """The replay of a CUDA graph of the call, which leaves the cost of the eager call on the host out."""
+    for _ in range(3):
+        call()
+    cuda.synchronize()
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph, stream=cuda.current_stream()):
+        call()
+    return graph.replay
+
+
+def clock(case: Case, calls: dict[str, Callable]) -> CpuClock:
+    return CudaClock(calls, case.device) if case.device == "cuda" or cuda is not torch.cuda else CpuClock(calls)
 
 
 def laps_for(lap_seconds: float) -> int:
@@ -214,13 +244,13 @@ def silent():
 
 def peak_memory(call: Callable, device: str) -> int:
     """Bytes allocated at the highest point of a call, beyond those that were there before it."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
+    if device == "cuda" or cuda is not torch.cuda:
+        cuda.synchronize()
+        before = cuda.memory_allocated()
+        cuda.reset_peak_memory_stats()
         call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        cuda.synchronize()
+        return cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with silent(), torch.profiler.profile(profile_memory=True, activities=activities) as profile:
         call()
@@ -301,7 +331,7 @@ def error_rows(case: Case, task: Task) -> list[ErrorRow]:
 
 @functools.cache
 def provenance(device: str) -> dict[str, str]:
-    """Which run, machine, versions and commit a row comes from."""
+    """Which run, machine, versions and commit a row comes from. NNFAST_COMMIT says it where there is no git."""
     try:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty=+"],
@@ -311,7 +341,7 @@ def provenance(device: str) -> dict[str, str]:
             check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
+        commit = os.environ.get("NNFAST_COMMIT", "unknown")
     versions = {"nnfast": nnfast.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
         "run": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -324,8 +354,8 @@ def provenance(device: str) -> dict[str, str]:
 @functools.cache
 def device_name(device: str) -> str:
     """What the machine calls itself; on a CPU with the instruction set that torch uses and the number of threads."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
+    if device == "cuda" or cuda is not torch.cuda:
+        return cuda.get_device_name()
     name = platform.processor() or platform.machine()
     if (info := Path("/proc/cpuinfo")).exists() and (m := re.search(r"model name\s*: (.+)", info.read_text())):
         name = m[1]
@@ -337,9 +367,7 @@ def _quartiles(values: list[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
-def rows(
-    case: Case, task: Task, laps: list[dict[str, float]], refused: dict[str, str], graph: bool = False
-) -> list[Row]:
+def rows(case: Case, task: Task, laps: list[dict[str, float]], refused: dict[str, str]) -> list[Row]:
     """A row a provider from the laps' times."""
     median = {name: statistics.median(lap[name] for lap in laps) for name in laps[0]}
     ceiling = min(median[name] for name in task.ceiling) * task.ceiling_scale
@@ -347,7 +375,8 @@ def rows(
     best = min(peers, key=median.get, default=None)
     same = dataclasses.asdict(case) | provenance(case.device)
     same |= {"shape": "x".join(map(str, case.shape)), "nbytes": task.nbytes, "flops": task.flops}
-    same["backend"] = " ".join(filter(None, (forced(), "graph" if graph else None)))
+    same["backend"] = case.backend
+    del same["graph"]
     found = []
     for name, call in task.providers.items():
         row = Row(**same, provider=name, note=refused.get(name, ""))
@@ -366,7 +395,7 @@ def rows(
     return found
 
 
-def run(case: Case, task: Task, repeat: Callable | None = None, graph: bool = False) -> list[Row]:
+def run(case: Case, task: Task, repeat: Callable | None = None) -> list[Row]:
     """Check, time and describe every provider of a case.
 
     Args:
@@ -374,7 +403,14 @@ def run(case: Case, task: Task, repeat: Callable | None = None, graph: bool = Fa
     """
     refused = wrong(case, task)
     timed = {name: call for name, call in task.providers.items() if name not in refused}
-    timer = clock(case, timed | task.ceiling, graph)
+    if case.graph:
+        for name, call in timed.copy().items():
+            try:
+                timed[name] = captured(call)
+            except Exception as e:  # a peer that cannot be captured
+                refused[name] = f"no graph: {type(e).__name__}: {e}".splitlines()[0][:120]
+                del timed[name]
+    timer = clock(case, timed | ({n: captured(c) for n, c in task.ceiling.items()} if case.graph else task.ceiling))
     start = time.perf_counter()
     timer.lap()
     count = laps_for(time.perf_counter() - start)
@@ -388,7 +424,16 @@ def run(case: Case, task: Task, repeat: Callable | None = None, graph: bool = Fa
     else:
         for _ in range(count):
             lap()
-    return rows(case, task, laps, refused, graph)
+    return rows(case, task, laps, refused)
+
+
+def measured(path: Path) -> set[tuple[str, ...]]:
+    """The keys of the cases whose rows a CSV file holds."""
+    if not path.exists():
+        return set()
+    with path.open() as file:
+        names = "shape", "model", "dtype", "direction", "variant", "backend"
+        return {tuple(row[name] for name in names) for row in csv.DictReader(file)}
 
 
 def folder(device: str) -> Path:

@@ -164,6 +164,7 @@ def parse(argv) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="16 bits: under autocast")
     parser.add_argument("--compile", action="store_true", help="run both compiled as well")
     parser.add_argument("--record", action="store_true", help="append the table to benchmarks/results/<device>/")
+    parser.add_argument("--results", type=Path, help="where to append it, otherwise")
     parser.add_argument("--data", help="a file to read in place of the standard library")
     parser.add_argument("--out", default="benchmarks/out/train_gpt.png", type=Path, help="the picture")
     options = parser.parse_args(argv)
@@ -217,7 +218,7 @@ def main(argv=None) -> int:
         table.add_row(r["library"], f"{r['loss']:.4f}", tokens, f"{r['ms']:.1f}", f"{r['speedup']:.2f}x", memory)
     console.print(table)
     if options.record:
-        path = harness.folder(options.device) / "train_gpt.csv"
+        path = (options.results or harness.folder(options.device)) / "train_gpt.csv"
         harness.append(found, path)
         console.print(f"Appended to {path}")
     picture(runs, [run.profile([batch() for _ in range(3)]) for run in runs], options.out)

@@ -15,6 +15,9 @@ OPS = {
     "linear_gelu": "linear_gelu",
     "gelu_backward_sum": "linear_gelu",
     "adamw_": "adamw",
+    "total_norm": "clip_grad",
+    "clip_coef": "clip_grad",
+    "scale_by_": "clip_grad",
 }
 
 

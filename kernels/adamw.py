@@ -53,7 +53,7 @@ def _at(tensors, field: tl.constexpr, count, tensor, start, TYPE: tl.constexpr, 
 
 @triton.jit
 def _update_chunk(
-    tensors, count, tensor, start, grad_scale, clip_coef, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
+    tensors, count, tensor, start, grad_scale, clip_coef, l2, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr, CHUNK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps = step
@@ -72,6 +72,8 @@ def _update_chunk(
         grad = grad * tl.load(clip_coef).to(tl.float32)
     if MAXIMIZE:
         grad = -grad
+    if l2 is not None:
+        grad = grad + param * l2
     exp_avg, exp_avg_sq = adamw_moments(
         grad, exp_avg.to(tl.float32), exp_avg_sq.to(tl.float32), one_minus_beta1, beta2, one_minus_beta2
     )
@@ -87,14 +89,18 @@ def _update_chunk(
 
 @triton.jit
 def _update(
-    tensors, count, tensor, start, whole, grad_scale, clip_coef, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
+    tensors, count, tensor, start, whole, grad_scale, clip_coef, l2, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Where a chunk is whole, at addresses that allow it, without masks and by 16 bytes."""
     if whole:
-        _update_chunk(tensors, count, tensor, start, grad_scale, clip_coef, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, True)
+        _update_chunk(
+            tensors, count, tensor, start, grad_scale, clip_coef, l2, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, True
+        )
     else:
-        _update_chunk(tensors, count, tensor, start, grad_scale, clip_coef, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, False)
+        _update_chunk(
+            tensors, count, tensor, start, grad_scale, clip_coef, l2, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, False
+        )
 
 
 @triton.jit
@@ -111,6 +117,7 @@ def adamw_kernel(
     one_minus_beta2,
     grad_scale,  # one number on the GPU, or None
     clip_coef,  # one number on the GPU, or None
+    l2,  # a weight decay that is not decoupled, or None
     found_inf,  # one number on the GPU, or None; where it is not 0, nothing changes
     PRESENT: tl.constexpr,  # the kinds that occur, a bit each
     MAXIMIZE: tl.constexpr,
@@ -130,13 +137,17 @@ def adamw_kernel(
     whole = (kind < 4) & (start + CHUNK <= tl.load(tensors + NUMEL * count + tensor))
     step = decay, one_minus_beta1, beta2, one_minus_beta2, step_size, eps
     if PRESENT & 1 and kind % 4 == 0:
-        _update(tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.float32, MAXIMIZE, AMSGRAD, CHUNK)
+        _update(
+            tensors, count, tensor, start, whole, grad_scale, clip_coef, l2, step, tl.float32, MAXIMIZE, AMSGRAD, CHUNK
+        )
     if PRESENT & 2 and kind % 4 == 1:
         _update(
-            tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.bfloat16, MAXIMIZE, AMSGRAD, CHUNK
+            tensors, count, tensor, start, whole, grad_scale, clip_coef, l2, step, tl.bfloat16, MAXIMIZE, AMSGRAD, CHUNK
         )
     if PRESENT & 4 and kind % 4 == 2:
-        _update(tensors, count, tensor, start, whole, grad_scale, clip_coef, step, tl.float16, MAXIMIZE, AMSGRAD, CHUNK)
+        _update(
+            tensors, count, tensor, start, whole, grad_scale, clip_coef, l2, step, tl.float16, MAXIMIZE, AMSGRAD, CHUNK
+        )
 
 
 @triton.jit
@@ -178,7 +189,7 @@ def adamw_scalars_kernel(
     tl.store(scalars + 2 * count + tensor, (eps * correction2).to(tl.float32), mask=inside)
 
 
-def _tables_for(param: Tensor, columns: list[list[int]]) -> tuple[Tensor, Tensor, int]:
+def tables_for(param: Tensor, columns: list[list[int]]) -> tuple[Tensor, Tensor, int]:
     """The two tables on the GPU, and the kinds that occur: those of the last step, as long as nothing has changed."""
     # A table is filled in the order of one stream.
     stream = torch.cuda.current_stream(param.device).cuda_stream if param.is_cuda else 0
@@ -222,9 +233,11 @@ def adamw_triton(
     """``nnfast::adamw_``: one step, in place, for all tensors of a group, which are on one GPU."""
     same = all(p.dtype in KINDS and m.dtype == p.dtype for p, m in zip(params, exp_avgs, strict=True))
     check(same and not master_params and rounding_seed is None, "adamw_")
-    check(decoupled_weight_decay or weight_decay == 0, "adamw_")
     if not params:
         return
+    l2 = None
+    if not decoupled_weight_decay:
+        l2, weight_decay = weight_decay or None, 0.0
     count, device = len(params), params[0].device
     steps_on_gpu = on_gpu(state_steps[0])
     if not steps_on_gpu:
@@ -245,7 +258,7 @@ def adamw_triton(
         for p, *addresses in zip(params, *columns[:5], strict=True)
     ])  # fmt: skip
     with on(params[0]):
-        tensors, chunks, present = _tables_for(params[0], columns)
+        tensors, chunks, present = tables_for(params[0], columns)
         device_lr = tensor_lr if tensor_lr is not None and on_gpu(tensor_lr) else None
         rate = 0.0 if device_lr is not None else float(lr if tensor_lr is None else tensor_lr)
         if steps_on_gpu or device_lr is not None or any(step_column):
@@ -264,7 +277,7 @@ def adamw_triton(
         if len(chunks):
             adamw_kernel[(len(chunks),)](
                 tensors, chunks, count, scalars, decay, step_size, scaled_eps, 1 - beta1, beta2, 1 - beta2,
-                grad_scale, clip_coef, None if not steps_on_gpu else found_inf,
+                grad_scale, clip_coef, l2, None if not steps_on_gpu else found_inf,
                 PRESENT=present, MAXIMIZE=maximize, AMSGRAD=amsgrad, CHUNK=CHUNK,
                 num_warps=max(1, CHUNK // (lanes() * PER_THREAD)),
             )  # fmt: skip

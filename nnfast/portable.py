@@ -5,11 +5,13 @@ GPU. They decide and compute the same, and cost some microseconds more a call. A
 False, where the call is torch's.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from nnfast import backend
+from nnfast import backend, selftest
 from nnfast._torch import disable_autocast, plain_eager
 from nnfast.kernels import launcher
 
@@ -18,6 +20,7 @@ _DTYPES = torch.float32, torch.bfloat16, torch.float16
 _layer_norm, _layer_norm_backward = launcher("layer_norm"), launcher("layer_norm_backward")
 _linear_gelu, _gelu_backward_sum = launcher("linear_gelu"), launcher("gelu_backward_sum")
 _adamw = launcher("adamw_")
+_clip_coef, _scale_by = launcher("clip_coef"), launcher("scale_by_")
 
 
 def _on_gpu(t: Tensor) -> bool:
@@ -45,6 +48,11 @@ def _open(first: Tensor, *others: Tensor | None) -> bool:
             for t in (first, *others)
         )
     )
+
+
+def _trusted(op: str, t: Tensor, size: int = 1) -> bool:
+    """Whether Triton's kernels are known to be right here; asked last, as the first time costs a small case."""
+    return backend.forced() is not None or selftest.trusted(op, t, size)
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -109,6 +117,8 @@ def layer_norm(input, normalized_shape, weight, bias, eps) -> Tensor | None:
         return None
     if any(t is not None and (t.shape != shape or t.dtype != input.dtype) for t in (weight, bias)):
         return None
+    if not _trusted("layer_norm", input, math.prod(shape)):
+        return None
     return _LayerNorm.apply(input, shape, weight, bias, eps)
 
 
@@ -130,6 +140,8 @@ def linear_gelu(input, weight, bias, approximate) -> Tensor | None:
         return None
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != input.dtype):
         return None
+    if not _trusted("linear_gelu", input):
+        return None
     return _LinearGelu.apply(input, weight, bias, approximate)
 
 
@@ -137,8 +149,6 @@ def _read(group: dict, state: dict, scaler: list) -> tuple | None:
     """The arguments of one group's step, or None where it is torch's."""
     params = [p for p in group["params"] if p.grad is not None]
     if group["differentiable"] or not all(p in state for p in params):
-        return None
-    if group["weight_decay"] and not group["decoupled_weight_decay"]:
         return None
     lr, names = group["lr"], ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * group["amsgrad"]
     tensor_lr = isinstance(lr, Tensor)
@@ -164,6 +174,8 @@ def _read(group: dict, state: dict, scaler: list) -> tuple | None:
         return None
     if group["capturable"] and there[0] == host:
         return None
+    if not all(_trusted("adamw_", t) for t in {p.dtype: p for p in params}.values()):
+        return None
     if any(t is not None and t.device != params[0].device for t in scaler):
         return None
     if not group["amsgrad"]:
@@ -172,8 +184,9 @@ def _read(group: dict, state: dict, scaler: list) -> tuple | None:
     numbers = {"weight_decay": group["weight_decay"], "eps": group["eps"]}
     numbers["beta1"], numbers["beta2"] = group["betas"]
     options = {name: float(value) for name, value in numbers.items()}
+    decoupled = group["decoupled_weight_decay"]
     rate = {"lr": 0.0, "tensor_lr": lr} if tensor_lr else {"lr": lr}
-    return (*lists, steps), {**rate, "maximize": group["maximize"], **options}
+    return (*lists, steps), {**rate, "maximize": group["maximize"], "decoupled_weight_decay": decoupled, **options}
 
 
 def adamw_(groups, state, grad_scale, found_inf, clip_coef, master_weights, rounding_seed, skipped) -> bool:
@@ -187,3 +200,15 @@ def adamw_(groups, state, grad_scale, found_inf, clip_coef, master_weights, roun
         changed = [t for k, tensors in enumerate(lists) if k != 1 or grad_scale is not None for t in tensors]
         torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
     return True
+
+
+def clip_coef(tensors, max_norm, grad_scale, scales) -> tuple[Tensor, Tensor] | None:
+    if not _open(*tensors, grad_scale) or not all(map(torch.ops.aten.is_non_overlapping_and_dense, tensors)):
+        return None
+    if not all(_trusted("total_norm", t) for t in {t.dtype: t for t in tensors}.values()):
+        return None
+    norm, coef = _clip_coef(tensors, max_norm, grad_scale)
+    if scales:
+        _scale_by(tensors, coef)
+        torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    return norm, coef

@@ -1,14 +1,21 @@
-"""Whether kernels that were built for another torch may be used with this one.
+"""Whether kernels may be used where nobody has tried them: each op gives the answers that torch's own gives.
 
 A torch newer than every one that nnfast was built for is met with the newest kernels there are, if they pass here: in a
 process of their own, for a library that does not fit may take the process down, they are loaded with every symbol
-they need and each op gives the answers that torch's own gives. What came out is kept until torch or the kernels change.
+they need. What came out is kept until torch or the kernels change.
+
+The kernels of a GPU are tried before their first call there, op by op and dtype by dtype, LayerNorm's for each way to
+hold a row. What passes is kept until the GPU's name, its driver, torch or the kernels change; what does not is
+torch's for the rest of the process, with one warning.
 """
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
+import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,20 +24,42 @@ import torch
 _SECONDS = 300
 
 
-def failure(minor: str) -> str:
-    """Why the kernels for that minor version of torch, like ``2_13``, cannot be used with this one; or ""."""
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "nnfast")
+
+
+def _read(path: Path) -> dict:
+    try:
+        said = json.loads(path.read_text())
+        return said if isinstance(said, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _write(path: Path, said: dict) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(said))
+        os.replace(new, path)
+    except OSError:
+        pass  # it is asked again next time
+
+
+def _key(*files: Path) -> list[str]:
+    """What an answer depends on."""
     from nnfast import __version__
 
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "nnfast")
-    files = [*Path(__file__).parent.glob(f"_C_{minor}.*"), *Path(__file__).parent.glob("lib/*.so")]
-    key = [__version__, torch.__version__, sys.version, *(f"{f} {f.stat().st_mtime_ns}" for f in sorted(files))]
-    kept = folder / f"selftest-{minor}.json"
-    try:
-        said = json.loads(kept.read_text())
-        if said["key"] == key:
-            return said["failure"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    return [__version__, torch.__version__, sys.version, *(f"{f} {f.stat().st_mtime_ns}" for f in sorted(files))]
+
+
+def failure(minor: str) -> str:
+    """Why the kernels for that minor version of torch, like ``2_13``, cannot be used with this one; or ""."""
+    here, kept = Path(__file__).parent, _folder() / f"selftest-{minor}.json"
+    key = _key(*here.glob(f"_C_{minor}.*"), *here.glob("lib/*.so"))
+    said = _read(kept)
+    if said.get("key") == key and "failure" in said:
+        return said["failure"]
     try:
         done = subprocess.run(
             [sys.executable, "-c", "from nnfast import selftest; selftest.main()"],
@@ -50,118 +79,145 @@ def failure(minor: str) -> str:
         return f"it could not be run: {e}"
     lines = (done.stderr or done.stdout).strip().splitlines()
     why = "" if done.returncode == 0 else f"exit status {done.returncode}: {lines[-1] if lines else 'no word'}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        new = kept.with_suffix(f".{os.getpid()}")
-        new.write_text(json.dumps({"key": key, "failure": why}))
-        os.replace(new, kept)
-    except OSError:
-        pass  # it is asked again next time
+    _write(kept, {"key": key, "failure": why})
     return why
 
 
-def _same(ours: Callable, torchs: Callable, *tensors: torch.Tensor) -> None:
-    """The values and gradients of both, in float32 and bfloat16, near each other."""
-    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+# ---- the answers ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """What an answer is asked of: a device and a dtype, and rows of a size where kernels differ by that."""
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    size: int = 32
+
+    def numbers(self, *shape: int) -> torch.Tensor:
+        made = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+        return made.to(self.device, self.dtype)
+
+    @property
+    def tolerance(self) -> float:
+        """A kernel that is broken is off by the size of its numbers. On a GPU a product may be in TF32, as the user
+        wants it."""
+        exact = 1e-4 if self.device == "cpu" else 1e-2
+        return {torch.float32: exact, torch.float16: 1e-2, torch.bfloat16: 0.05}[self.dtype]
+
+    def close(self, ours: torch.Tensor, torchs: torch.Tensor) -> None:
+        scale = max(1.0, torchs.abs().max().item())
+        torch.testing.assert_close(ours, torchs, rtol=self.tolerance, atol=self.tolerance * scale)
+
+    def same(self, ours: Callable, torchs: Callable, *shapes: tuple[int, ...]) -> None:
+        """The values and gradients of both, near each other."""
         results = []
         for function in (ours, torchs):
-            leaves = [t.to(dtype).requires_grad_() for t in tensors]
+            leaves = [self.numbers(*shape).requires_grad_() for shape in shapes]
             output = function(*leaves)
-            grad = torch.linspace(1, -1, output.numel()).view(output.shape).to(dtype)
+            grad = torch.linspace(1, -1, output.numel(), device=self.device).view(output.shape).to(self.dtype)
             results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
         for a, b in zip(*results, strict=True):
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+            self.close(a, b)
 
 
-def _numbers(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def _layer_norm() -> None:
+def _layer_norm(at: Where) -> None:
     from nnfast.nn import functional as F
 
     torchs = torch.nn.functional.layer_norm
-    _same(lambda x, w, b: F.layer_norm(x, (33,), w, b), lambda x, w, b: torchs(x, (33,), w, b),
-          _numbers(7, 33), _numbers(33), _numbers(33))  # fmt: skip
+    # By vectors and by elements.
+    for n in {at.size, max(1, at.size - 3)}:
+        at.same(lambda x, w, b, n=n: F.layer_norm(x, (n,), w, b), lambda x, w, b, n=n: torchs(x, (n,), w, b),
+                (7, n), (n,), (n,))  # fmt: skip
 
 
-def _gelu() -> None:
+def _gelu(at: Where) -> None:
     from nnfast.nn import functional as F
 
-    _same(F.gelu, torch.nn.functional.gelu, _numbers(7, 33))
+    for approximate in ("none", "tanh"):
+        at.same(lambda x, a=approximate: F.gelu(x, approximate=a),
+                lambda x, a=approximate: torch.nn.functional.gelu(x, approximate=a), (7, 33))  # fmt: skip
 
 
-def _linear_gelu() -> None:
+def _linear_gelu(at: Where) -> None:
     from nnfast.nn import functional as F
 
-    def torchs(x, w, b):
-        return torch.nn.functional.gelu(torch.nn.functional.linear(x, w, b))
+    torchs = torch.nn.functional
+    # Sizes that a product on a GPU's tensor cores takes, and sizes that it does not.
+    for (rows, n, out), approximate in zip(((7, 33, 17), (70, 64, 136)), ("none", "tanh"), strict=True):
+        at.same(lambda x, w, b, a=approximate: F.linear_gelu(x, w, b, a),
+                lambda x, w, b, a=approximate: torchs.gelu(torchs.linear(x, w, b), approximate=a),
+                (rows, n), (out, n), (out,))  # fmt: skip
 
-    _same(F.linear_gelu, torchs, _numbers(7, 33), _numbers(17, 33), _numbers(17))
 
-
-def _cross_entropy() -> None:
+def _cross_entropy(at: Where) -> None:
     from nnfast.nn import functional as F
 
-    target, torchs = torch.arange(7) * 4, torch.nn.functional.cross_entropy
-    _same(lambda x: F.cross_entropy(x, target), lambda x: torchs(x, target), _numbers(7, 33))
+    target, torchs = torch.arange(7, device=at.device) * 4, torch.nn.functional.cross_entropy
+    at.same(lambda x: F.cross_entropy(x, target), lambda x: torchs(x, target), (7, 33))
 
 
-def _linear() -> None:
+def _linear(at: Where) -> None:
     from nnfast.nn import functional as F
 
-    _same(F.linear, torch.nn.functional.linear, _numbers(7, 33), _numbers(17, 33), _numbers(17))
+    at.same(F.linear, torch.nn.functional.linear, (7, 33), (17, 33), (17,))
 
 
-def _linear_cross_entropy() -> None:
+def _linear_cross_entropy(at: Where) -> None:
     from nnfast.nn import functional as F
 
-    target = torch.arange(7) * 2
+    target = torch.arange(7, device=at.device) * 2
 
     def torchs(x, w):
         return torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), target)
 
-    _same(lambda x, w: F.linear_cross_entropy(x, w, target), torchs, _numbers(7, 33), _numbers(17, 33))
+    at.same(lambda x, w: F.linear_cross_entropy(x, w, target), torchs, (7, 33), (17, 33))
 
 
-def _attention() -> None:
+def _attention(at: Where) -> None:
     from nnfast.nn import functional as F
 
     torchs = torch.nn.functional.scaled_dot_product_attention
-    _same(lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True), lambda *qkv: torchs(*qkv, is_causal=True),
-          _numbers(1, 2, 7, 16), _numbers(1, 2, 7, 16), _numbers(1, 2, 7, 16))  # fmt: skip
+    at.same(lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True),
+            lambda *qkv: torchs(*qkv, is_causal=True), *[(1, 2, 7, 16)] * 3)  # fmt: skip
 
 
-def _step(name: str, **options) -> Callable[[], None]:
-    def answer() -> None:
+def _step(name: str, **options) -> Callable[[Where], None]:
+    """With an eps, and squares of gradients, that torch's arithmetic in 16 bits can tell from 0."""
+
+    def answer(at: Where) -> None:
         from nnfast import optim
 
-        results = []
+        results, shapes = [], ((7, 33), (9000,), ())
         for library in (optim, torch.optim):
-            parameter = torch.nn.Parameter(_numbers(7, 33))
-            optimizer = getattr(library, name)([parameter], lr=0.1, **options)
+            parameters = [torch.nn.Parameter(at.numbers(*shape)) for shape in shapes]
+            optimizer = getattr(library, name)(parameters, lr=0.1, **options)
             for step in range(3):
-                parameter.grad = _numbers(7, 33) * (step - 1.5)
+                for p, shape in zip(parameters, shapes, strict=True):
+                    g = at.numbers(*shape)
+                    p.grad = (g + 2 * g.sign()) * (step - 1.5)
                 optimizer.step()
-            results.append(parameter.detach())
-        torch.testing.assert_close(*results)
+            results.append([p.detach() for p in parameters])
+        for a, b in zip(*results, strict=True):
+            at.close(a, b)
 
     return answer
 
 
-def _clip() -> None:
+def _clip(at: Where) -> None:
     from nnfast.nn import utils
 
     results = []
     for clip in (utils.clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
-        parameter = torch.nn.Parameter(_numbers(7, 33))
-        parameter.grad = _numbers(7, 33)
+        parameter = torch.nn.Parameter(at.numbers(7, 33))
+        parameter.grad = at.numbers(7, 33)
         results.append((clip([parameter], 1.0), parameter.grad))
-    torch.testing.assert_close(*results)
+    for a, b in zip(*results, strict=True):
+        at.close(a, b)
 
 
 #: The known answer of each op of the doctor's list.
-ANSWERS: dict[str, Callable[[], None]] = {
+ANSWERS: dict[str, Callable[[Where], None]] = {
     "layer_norm": _layer_norm,
     "gelu": _gelu,
     "linear": _linear,
@@ -169,9 +225,9 @@ ANSWERS: dict[str, Callable[[], None]] = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
     "scaled_dot_product_attention": _attention,
-    "adamw_": _step("AdamW"),
+    "adamw_": _step("AdamW", eps=1e-3),
     "sgd_": _step("SGD", momentum=0.9),
-    "rmsprop_": _step("RMSprop"),
+    "rmsprop_": _step("RMSprop", eps=1e-3),
     "total_norm": _clip,
 }
 
@@ -185,4 +241,91 @@ def main() -> None:
         return
     with backend.use_backend("cpu"):  # an error where a call is handed to torch
         for answer in ANSWERS.values():
-            answer()
+            for dtype in (torch.float32, torch.bfloat16):
+                answer(Where("cpu", dtype))
+
+
+# ---- of a GPU's kernels, before their first call ----
+
+_lock = threading.Lock()
+_known: dict[tuple, bool] = {}
+_asking = threading.local()
+
+
+def _capturing(device: int) -> bool:
+    return device >= 0 and torch.cuda.is_current_stream_capturing()
+
+
+def _gpu(device: int) -> list[str]:
+    if device < 0:
+        return ["cpu"]
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        driver = str(torch.version.hip)
+    return [torch.cuda.get_device_name(device), driver]
+
+
+def right(op: str, backend: str, device: int, dtype: str, size: int) -> bool | None:
+    """Whether the kernels of ``backend`` for ``op`` are right on a GPU, in a dtype and for rows of ``size`` (a power
+    of two: how a kernel is launched); None while a graph is captured, of which this must be no part."""
+    asked = op, backend, device, dtype, size
+    if asked in _known:
+        return _known[asked]
+    if _capturing(device):
+        return None
+    with _lock:  # another thread that asks waits: a forward and its recomputation must decide alike
+        if asked not in _known:
+            from nnfast import kernels
+
+            native, triton = Path(__file__).parent.glob("lib/*.so"), Path(kernels.__file__).parent.glob("*.py")
+            key, kept = _key(*native, *triton), _folder() / "gpu.json"
+            said = _read(kept)
+            passed = said.get("passed", []) if said.get("key") == key else []
+            entry = [*_gpu(device), op, backend, dtype, size]
+            why = "" if entry in passed else _fails(op, device, dtype, size)
+            _known[asked] = not why
+            if why:
+                warnings.warn_explicit(
+                    f"{backend}'s kernel of {op} in {dtype} fails its known-answer test on {entry[0]} ({why}), so "
+                    "torch serves it there",
+                    UserWarning, "nnfast", 1,
+                )  # fmt: skip
+            elif entry not in passed:
+                _write(kept, {"key": key, "passed": [*passed, entry]})
+    return _known[asked]
+
+
+def _fails(op: str, device: int, dtype: str, size: int) -> str:
+    """Why; or "". In a thread of its own: none of the caller's modes, hooks, autocast or streams is there, and what is
+    saved for the backward is not counted with the caller's."""
+    from nnfast import backend
+
+    said = []
+
+    def ask() -> None:
+        _asking.yes = True
+        if backend.native is not None:
+            backend.native.asking(True)
+        try:
+            where = Where("cpu" if device < 0 else f"cuda:{device}", getattr(torch, dtype), size)
+            ANSWERS[op](where)
+            if device >= 0:
+                torch.cuda.synchronize(device)
+            said.append("")
+        except Exception as e:
+            said.append(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"[:200])
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return said[0] if said else "no answer"
+
+
+def trusted(op: str, t: torch.Tensor, size: int = 1) -> bool:
+    """The same for ``nnfast.portable``, whose kernels are Triton's."""
+    if getattr(_asking, "yes", False):
+        return True
+    dtype = str(t.dtype).removeprefix("torch.")
+    power = 1 << min(max(size - 1, 0).bit_length(), 17)  # csrc/gate/answers.h
+    return bool(right(op, "triton", t.device.index if t.is_cuda else -1, dtype, power))

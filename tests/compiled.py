@@ -18,7 +18,7 @@ import triton
 from machine import Machine
 from triton.runtime import JITFunction, driver
 
-from nnfast.kernels import adamw, layer_norm, linear_gelu
+from nnfast.kernels import adamw, clip_grad, layer_norm, linear_gelu
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -92,6 +92,12 @@ def launch_adamw(dtypes: list[torch.dtype], on_gpu: bool, lr: float = 0.1, beta:
     adamw.adamw_triton(*lists, lists[0] if on_gpu else [], [], steps, **options)
 
 
+def launch_clipping(dtypes: list[torch.dtype], scale: bool) -> None:
+    grads, one = [empty(10000, dtype=dtype) for dtype in dtypes], empty(1, dtype=torch.float32)
+    _, coef = clip_grad.clip_coef_triton(grads, 1.0, one if scale else None)
+    clip_grad.scale_by_triton(grads, coef)
+
+
 if __name__ == "__main__":
     driver.set_active(Machine(sys.argv[1], processors=132))
     compile_instead()
@@ -104,6 +110,8 @@ if __name__ == "__main__":
     launch_adamw([torch.float32], on_gpu=False, lr=1.0, beta=0.0, step=16)
     launch_adamw([torch.bfloat16], on_gpu=False)
     launch_adamw([torch.float32, torch.bfloat16, torch.float16], on_gpu=True)
+    launch_clipping([torch.float32], False)
+    launch_clipping([torch.float32, torch.bfloat16, torch.float16], True)
     aligned = False
     for size in (301, 20001):
         launch_layer_norm(size, torch.bfloat16)

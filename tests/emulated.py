@@ -20,6 +20,9 @@ from common import HALF, assert_close, double, layouts
 from test_adamw import exact, train
 from test_layer_norm import compare as compare_layer_norm
 from test_linear_gelu import compare as compare_linear_gelu
+from test_optimizers import CASES as OPTIMIZERS
+from test_optimizers import exact as exact_step
+from test_optimizers import loop
 
 import nnfast.nn.functional as F
 import nnfast.optim as optim
@@ -56,7 +59,7 @@ HELD = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 def row_sizes(dtype):
     vector = 16 // dtype.itemsize
-    around = lambda s: (s,) if SLICE else (s - vector, s - 1, s, s + 1, s + vector)  # noqa: E731
+    around = lambda s: (s - 1, s) if SLICE else (s - vector, s - 1, s, s + 1, s + vector)  # noqa: E731
     return [1, 5, vector, *itertools.chain.from_iterable(map(around, HELD)), HELD[-1] + vector, 20001]
 
 
@@ -78,7 +81,9 @@ def test_layer_norm(dtype, weight):
         ]
         for rows in row_counts(size):
             x, g = tensor(rows, size, dtype=dtype), tensor(rows, size, dtype=dtype, grad=False)
-            compare_layer_norm((x, (size,), *affine, 1e-5), g, f"{rows} x {size}")
+            # With both a weight and a bias, and without the bias.
+            given = affine if rows > 1 else (affine[0], None)
+            compare_layer_norm((x, (size,), *given, 1e-5), g, f"{rows} x {size}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -209,7 +214,7 @@ def test_linear_gelu_layouts():
         compare_linear_gelu((x, w.detach().requires_grad_(), bias, "tanh"), g, f"weight {name}")
 
 
-CHUNK = int(re.search(r"kAdamWChunk = (\d+);", (Path(__file__).parents[1] / "csrc/cuda/kernels.h").read_text())[1])
+CHUNK = int(re.search(r"kStepChunk = (\d+);", (Path(__file__).parents[1] / "csrc/cuda/kernels.h").read_text())[1])
 SIZES = [(0,), (1,), (3,), (4,), (5,), (), (3, 0, 2), (5, 13), (CHUNK - 1,), (CHUNK,), (2 * CHUNK + 3,), (0, 4)]
 
 
@@ -252,6 +257,89 @@ def test_adamw_on_the_device(amsgrad, found):
                 *lists, top, [], steps, lr=0.0, tensor_lr=lr, grad_scale=scale, found_inf=inf, **options
             )
         results.append((lists, top, steps))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name, options", OPTIMIZERS, ids=str)
+def test_optimizers(name, options, dtype):
+    """Adam, SGD and RMSprop over the same table."""
+    if name == "RMSprop" and dtype in HALF:
+        options = {**options, "eps": 1e-3}  # which torch's arithmetic in 16 bits can tell from 0
+    params, *grads = ([tensor(*s, dtype=dtype, grad=False) for s in SIZES] for _ in range(4))
+    ours, optimizer = train(getattr(optim, name), params, grads, **options)
+    torchs, _ = train(getattr(torch.optim, name), params, grads, **loop(name, options, dtype))
+    true, _ = exact_step(name, params, grads, **options)
+    for p, q, t in zip(ours, torchs, true, strict=True):
+        assert_close(p, q, t, f"{tuple(p.shape)}")
+    assert all(s["step"] == 3 for s in optimizer.state.values() if "step" in s)
+
+
+def test_rmsprop_on_the_device():
+    """Counts and lr that are on the GPU."""
+    results = []
+    for on_device in (False, True):
+        torch.manual_seed(0)
+        lists = [[torch.rand(s) for s in (0, 5, 3 * CHUNK + 1)] for _ in range(3)]
+        steps = [torch.tensor(float(t)) for t in (3, 4, 9)]
+        device.emulate_scalars_on_device(on_device)
+        torch.ops.nnfast.rmsprop_(
+            *lists, [], [], steps, lr=0.0 if on_device else 0.1, tensor_lr=torch.tensor(0.1) if on_device else None,
+            alpha=0.9, eps=1e-8, weight_decay=0.1, momentum=0.0,
+        )  # fmt: skip
+        results.append((lists, steps))
+    torch.testing.assert_close(*results)
+    assert [s.item() for s in results[0][1]] == [4, 5, 10]
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES], ids=str)
+def test_clipping(dtypes):
+    """Norm and factor in one launch, the scaling in another; and the step that reads the factor."""
+    kinds = list(itertools.islice(itertools.cycle(dtypes), len(SIZES)))
+    grads = [tensor(*s, dtype=t, grad=False) for s, t in zip(SIZES, kinds, strict=True)]
+    grads.append(torch.randn(400)[5:365].to(dtypes[0]))
+    true = torch.cat([g.double().flatten() for g in grads]).norm()
+    promoted = torch.float32 if len(dtypes) > 1 else dtypes[0]
+    for max_norm, scale in ((1.0, None), (1e9, None), (2.0, 8.0)):
+        wanted = true / (scale or 1)
+        found = []
+        for seed in range(3):
+            device.emulate_order(seed)
+            given = None if scale is None else torch.tensor(scale)
+            found.append(torch.ops.nnfast.clip_coef(grads, max_norm, given))
+        (norm, coef), *others = found
+        assert norm.dtype is promoted and all(torch.equal(norm, n) and torch.equal(coef, c) for n, c in others)
+        torch.testing.assert_close(norm, wanted.to(promoted), rtol=2 * torch.finfo(promoted).eps, atol=0)
+        torch.testing.assert_close(coef, (max_norm / (wanted + 1e-6)).clamp(max=1).float(), rtol=1e-6, atol=0)
+        scaled = [g.clone() for g in grads]
+        torch.ops.nnfast.scale_by_(scaled, coef)
+        for g, s in zip(grads, scaled, strict=True):
+            assert torch.equal(s, (g.float() * coef).to(g.dtype))
+    torch.testing.assert_close(torch.ops.nnfast.total_norm(grads, 2.0), true, rtol=1e-7, atol=0)
+    grads[3][0] = float("nan")
+    norm, coef = torch.ops.nnfast.clip_coef(grads, 1.0)
+    assert norm.isnan() and coef.isnan()
+
+
+def test_a_captured_step_keeps_its_table():
+    """It is filled beside the graph; no memory for it: an error, nothing changed, and the next one works."""
+    device.emulate_capturing(True)
+    results = []
+    for kind in (optim.AdamW, torch.optim.AdamW):
+        torch.manual_seed(0)
+        p, grads = torch.randn(1000, requires_grad=True), [torch.randn(1000) for _ in range(3)]
+        optimizer = kind([p], lr=0.1)
+        for step in range(3):
+            p.grad = grads[step]  # each elsewhere, so that it takes a table of its own
+            if step == 2 and kind is optim.AdamW:
+                before = p.detach().clone()
+                device.emulate_memory_left(0)
+                with pytest.raises(RuntimeError, match="no memory"):
+                    optimizer.step()
+                device.emulate_memory_left(-1)
+                assert torch.equal(p, before) and optimizer.state[p]["step"] == 2
+            optimizer.step()
+        results.append(p.detach())
     torch.testing.assert_close(*results)
 
 

@@ -27,10 +27,11 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import nnfast.nn.functional as F
 import nnfast.optim as optim
-from nnfast import backend, functional, kernels, portable, reference
-from nnfast.kernels import adamw, layer_norm, linear_gelu
+from nnfast import backend, functional, kernels, portable, reference, selftest
+from nnfast.kernels import adamw, clip_grad, layer_norm, linear_gelu
 
 DTYPES = (torch.float32, *HALF)
+TRUSTED = selftest.trusted
 
 
 def _bits_of_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -81,6 +82,7 @@ def _triton_serves(request, monkeypatch):
     monkeypatch.setattr(layer_norm, "WARPS_PER_PROCESSOR", 4)
     monkeypatch.setattr(linear_gelu, "GRAD_PROGRAMS", 1)
     monkeypatch.setattr(adamw, "CHUNK", 64)
+    monkeypatch.setattr(clip_grad, "PARTS", 4)
     linear_gelu._tuned.clear()
     adamw._tables.clear()
     yield
@@ -96,9 +98,12 @@ def without_extension(monkeypatch):
     monkeypatch.setattr(functional, "_layer_norm", portable.layer_norm)
     monkeypatch.setattr(functional, "_linear_gelu", portable.linear_gelu)
     monkeypatch.setattr(importlib.import_module("nnfast.optim.native"), "module", portable)
+    monkeypatch.setattr(selftest, "trusted", lambda *asked: True)
     # Not through the ops, whose autograd is in C++.
     launched = []
-    for name in ("layer_norm", "layer_norm_backward", "linear_gelu", "gelu_backward_sum", "adamw"):
+    for name in (
+        "layer_norm", "layer_norm_backward", "linear_gelu", "gelu_backward_sum", "adamw", "clip_coef", "scale_by",
+    ):  # fmt: skip
         real = getattr(portable, f"_{name}")
         monkeypatch.setattr(
             portable, f"_{name}", lambda *a, real=real, **k: launched.append(real) or real(*a, **k)
@@ -266,6 +271,15 @@ def test_adamw(dtypes, options):
     assert all(optimizer.state[p]["step"] == 3 for p in ours)
 
 
+def test_adam():
+    """A weight decay that is not decoupled, and the next that is none."""
+    for options in ({"weight_decay": 0.3}, {"weight_decay": 0.3, "amsgrad": True, "maximize": True}, {}):
+        params, *grads = ([torch.randn(s) for s in SIZES] for _ in range(4))
+        ours, _ = train(optim.Adam, params, grads, lr=0.1, **options)
+        torchs, _ = train(torch.optim.Adam, params, grads, lr=0.1, **options)
+        torch.testing.assert_close(ours, torchs)
+
+
 def test_adamw_layouts():
     """Other strides, and addresses that are no multiple of 16 bytes, whole chunks among them."""
     base = torch.randn(20, 18)
@@ -286,6 +300,63 @@ def test_adamw_layouts():
         torch.testing.assert_close(*results, msg=name)
         *_, (columns, _) = adamw._tables.values()
         assert (columns[adamw.KIND.value] == [4]) == (name == "misaligned"), "16-byte loads only from 16-byte addresses"
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES], ids=str)
+def test_clipping(dtypes):
+    """Norm and factor in one launch, the scaling in another."""
+    kinds = list(itertools.islice(itertools.cycle(dtypes), len(SIZES)))
+    grads = [torch.randn(s).to(t) for s, t in zip(SIZES, kinds, strict=True)]
+    grads.append(torch.randn(400)[5:365].to(dtypes[0]))
+    true = torch.cat([g.double().flatten() for g in grads]).norm()
+    promoted = torch.float32 if len(dtypes) > 1 else dtypes[0]
+    for max_norm, scale in ((1.0, None), (1e9, None), (2.0, 8.0)):
+        wanted = true / (scale or 1)
+        given = None if scale is None else torch.tensor(scale)
+        norm, coef = torch.ops.nnfast.clip_coef(grads, max_norm, given)
+        torch.testing.assert_close(norm, wanted.to(promoted), rtol=2 * torch.finfo(promoted).eps, atol=0)
+        torch.testing.assert_close(coef, (max_norm / (wanted + 1e-6)).clamp(max=1).float(), rtol=1e-6, atol=0)
+        scaled = [g.clone() for g in grads]
+        torch.ops.nnfast.scale_by_(scaled, coef)
+        for g, s in zip(grads, scaled, strict=True):
+            assert torch.equal(s, (g.float() * coef).to(g.dtype))
+    torch.testing.assert_close(torch.ops.nnfast.total_norm(grads, 2.0), true, rtol=1e-6, atol=0)
+    grads[3][0] = float("nan")
+    norm, coef = torch.ops.nnfast.clip_coef(grads, 1.0)
+    assert norm.isnan() and coef.isnan()
+
+
+@pytest.mark.usefixtures("without_extension")
+def test_clipping_without_the_extension():
+    grads = [torch.randn(s) for s in SIZES]
+    scaled = [g.clone() for g in grads]
+    norm, coef = portable.clip_coef(scaled, 1.0, None, True)
+    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in grads]).norm())
+    torch.testing.assert_close(scaled, [g / (norm + 1e-6) for g in grads])
+    assert scaled[1]._version > 0 and coef < 1
+    gaps = [torch.randn(20, 36)[:, ::2]]
+    assert portable.clip_coef(gaps, 1.0, None, True) is None
+
+
+def test_a_wrong_kernel_is_torchs_without_the_extension(without_extension, monkeypatch, tmp_path):
+    """Asked for at the first use, with one warning; torch serves from then on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(selftest, "_known", {})
+    monkeypatch.setattr(selftest, "trusted", TRUSTED)
+    x = torch.randn(3, 20)
+    F.layer_norm(x, (20,))
+    assert selftest._known == {("layer_norm", "triton", -1, "float32", 32): True}
+    real = portable._layer_norm
+
+    def wrong(*args):
+        output, stats = real(*args)
+        return output + 1, stats
+
+    monkeypatch.setattr(portable, "_layer_norm", wrong)
+    x = torch.randn(3, 40)
+    with pytest.warns(UserWarning, match="triton's kernel of layer_norm in float32 fails its known-answer test"):
+        F.layer_norm(x, (40,))
+    assert torch.equal(F.layer_norm(x, (40,)), torch.nn.functional.layer_norm(x, (40,)))
 
 
 def test_adamw_tables_are_kept():

@@ -32,9 +32,12 @@ def test_what_is_compiled_for_what():
     names = {path.name: archs for path, archs in gpu.sources(gpu.ARCHS).items()}
     assert names == {
         "adamw.cu": gpu.ARCHS,
+        "clip_grad.cu": gpu.ARCHS,
         "layer_norm.cu": gpu.ARCHS,
         "linear_gelu.cu": gpu.ARCHS,
         "linear_gelu_sm90a.cu": ("90a",),
+        "rmsprop.cu": gpu.ARCHS,
+        "sgd.cu": gpu.ARCHS,
     }
     assert "linear_gelu_sm90a.cu" not in {path.name for path in gpu.sources(["80"])}
 
@@ -75,22 +78,32 @@ def test_instruction_counts():
         /*0020*/ LDG.E R4, desc[UR4][R2.64] ;
         /*0030*/ HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24 ;
         Function : _ZN1a8y_kernelE
-        /*0000*/ STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0000*/ @!P0 STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0010*/ F2F.BF16.F32 R4, R5 ;
+        /*0020*/ NOP ;
     """
+    none = dict.fromkeys(gpu.INSTRUCTIONS, 0)
     assert gpu.instruction_counts(sass) == {
-        "_ZN1a8x_kernelE": {"HGMMA": 1, "HMMA": 0, "16-byte loads": 2, "16-byte stores": 0},
-        "_ZN1a8y_kernelE": {"HGMMA": 0, "HMMA": 0, "16-byte loads": 0, "16-byte stores": 1},
+        "_ZN1a8x_kernelE": {**none, "HGMMA": 1, "16-byte loads": 2, "instructions": 4},
+        "_ZN1a8y_kernelE": {**none, "16-byte stores": 1, "F2F": 1, "instructions": 2},
     }
 
 
-def test_narrow_accesses_are_found():
-    wide = {"16-byte loads": 2, "16-byte stores": 1}
-    assert gpu.narrow("gelu_bwd_bias_kernel", wide) == []
-    assert gpu.narrow("gelu_bwd_bias_kernel", {**wide, "16-byte stores": 0}) == [
-        "gelu_bwd_bias_kernel: no 16-byte stores"
-    ]
-    assert gpu.narrow("layer_norm_bwd_affine_kernel", {**wide, "16-byte stores": 0}) == []
-    assert gpu.narrow("sum_parts_kernel", {"16-byte loads": 0, "16-byte stores": 0}) == []
+def test_a_slip_is_found():
+    wide = {**dict.fromkeys(gpu.INSTRUCTIONS, 0), "16-byte loads": 2, "16-byte stores": 1}
+    name = "_ZN1a20gelu_bwd_bias_kernelE"
+    assert gpu.slipped(name, wide) == []
+    assert gpu.slipped(name, {**wide, "16-byte stores": 0}) == ["gelu_bwd_bias_kernel: no 16-byte stores"]
+    assert "3 F2F" in gpu.slipped("_ZN1a21layer_norm_bwd_kernelE", {**wide, "F2F": 3})[0]
+    assert gpu.slipped("_ZN1a12adamw_kernelE", {**wide, "F2F": 3}) == []
+    assert gpu.slipped("_ZN1a28layer_norm_bwd_affine_kernelE", {**wide, "16-byte stores": 0}) == []
+    assert gpu.slipped("_ZN1a16sum_parts_kernelE", dict.fromkeys(gpu.INSTRUCTIONS, 0)) == []
+    rows = "_ZN1a21layer_norm_fwd_kernelI13__nv_bfloat16S3_NS1_4HeldILi32ELi8EEELb1ELb1EEEvNS0_16LayerNormForwardEf"
+    assert gpu.row_clocks(rows, 240) == (60, 1024 / gpu.BYTES_A_CLOCK)
+    assert gpu.slipped(rows, {**wide, "instructions": 240}) == []
+    assert "63 clocks to issue a row, 62 for its bytes" in gpu.slipped(rows, {**wide, "instructions": 252})[0]
+    elements = rows.replace("Lb1ELb1", "Lb0ELb0")
+    assert gpu.slipped(elements, dict.fromkeys(gpu.INSTRUCTIONS, 0)) == []
 
 
 @pytest.mark.skipif(gpu.toolkit() is None, reason="no CUDA toolkit here; make compile-gpu brings one")

@@ -1,6 +1,8 @@
 // Adam and AdamW on a CPU.
 #include <torch/library.h>
 
+#include <cmath>
+
 #include "step.h"
 
 namespace nnfast {
@@ -17,7 +19,9 @@ void adamw_cpu(const AdamWCall& a) {
   if (!a.state[AdamWCall::kMaster].empty()) exact.taken();
   if (a.rounding_seed) by_chance.taken();
   step_cpu(a, &Kernels::adamw, served, [&](double lr, double t) {
-    return AdamWStep<double>(lr, a.beta1, a.beta2, a.eps, a.weight_decay, t, a.decoupled_weight_decay);
+    return AdamWStep<double>(
+        lr, a.beta1, a.beta2, a.eps, a.weight_decay, std::pow(a.beta1, t), std::pow(a.beta2, t),
+        a.decoupled_weight_decay);
   });
 }
 

@@ -1,4 +1,5 @@
-// One instruction set's build of every CPU kernel: avx2.cpp and avx512.cpp set the target and include this.
+// One instruction set's build of every CPU kernel: avx2.cpp, avx512.cpp and avx512_bf16.cpp set the target and include
+// this.
 //
 // The target is switched on here, after the system's headers, and not by a compiler flag: whatever those headers
 // define inline stays code for any CPU, and the linker can mix up nothing.
@@ -23,7 +24,7 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 #endif
 
 #include "adamw.h"
-#include "attention.h"
+#include "attention_backward.h"
 #include "clip_grad.h"
 #include "cross_entropy.h"
 #include "layer_norm.h"

@@ -2,9 +2,10 @@
 architecture on a machine that need have no GPU.
 
 The script prints what the compiler and the machine code say, kernel by kernel, and fails where one spills registers,
-has a stack frame, has its matrix instructions serialised, or lost its 16-byte accesses; and where the host code beside
-the kernels does not compile against torch's headers. What it needs it takes from the machine (CUDA_HOME, nvcc
-on the PATH, /usr/local/cuda) or, where that has no CUDA 13, from PyPI into ``build/``.
+has a stack frame, has its matrix instructions serialised, lost its 16-byte accesses, converts number by number or, for
+LayerNorm, issues for longer than its bytes take; and where the host code beside the kernels does not compile against
+torch's headers: this torch's, and those of the folders that are named. What it needs it takes from the machine
+(CUDA_HOME, nvcc on the PATH, /usr/local/cuda) or, where that has no CUDA 13, from PyPI into ``build/``.
 """
 
 import os
@@ -83,18 +84,25 @@ def command(root: Path, source: Path, wanted: Iterable[str], out: Path, ptx: boo
     return [str(root / "bin/nvcc"), *flags, "-Xptxas", "-v", "-c", str(source), "-o", str(out)]
 
 
-def host_command(root: Path, source: Path) -> list[str]:
-    """The call of the C++ compiler that checks host code against the headers of the torch that is here. One that is
-    not for CUDA lacks a header, which says how its own CUDA library was built."""
-    from torch.utils.cpp_extension import get_cxx_compiler, include_paths
+def host_command(root: Path, torch: Path) -> list[str]:
+    """The call of the C++ compiler that checks the host code against the headers of a torch, all of it as one file:
+    they are what takes the time. A torch that is not for CUDA lacks a header, which says how its own CUDA library was
+    built."""
+    from torch.utils.cpp_extension import get_cxx_compiler
 
-    absent = ROOT / "build/gpu/headers/c10/cuda/impl/cuda_cmake_macros.h"
+    absent, every = (ROOT / "build/gpu" / name for name in ("headers/c10/cuda/impl/cuda_cmake_macros.h", "host.cpp"))
     absent.parent.mkdir(parents=True, exist_ok=True)
     absent.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n")
+    every.write_text("".join(f'#include "{path}"\n' for path in sorted((ROOT / "csrc/cuda").glob("*.cpp"))))
+    torchs = torch / "include", torch / "include/torch/csrc/api/include"
     includes = [f"-I{root / 'include'}", f"-I{absent.parents[3]}"]
-    includes += [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
+    includes += [f"-isystem{path}" for path in (*torchs, sysconfig.get_path("include"))]
     defines = ["-DNNFAST_SM90A", "-fsyntax-only", "-std=c++20"]
-    return [get_cxx_compiler(), *defines, *includes, str(source)]
+    return [get_cxx_compiler(), *defines, *includes, str(every)]
+
+
+def version(torch: Path) -> str:
+    return re.search(r"__version__ = '([\d.]+)", (torch / "version.py").read_text())[1]
 
 
 def run_all(jobs: dict, workers: int) -> Iterator[tuple]:
@@ -118,6 +126,8 @@ INSTRUCTIONS = {
     # LD and ST: from and to pointers that were themselves read from memory, as in AdamW's table.
     "16-byte loads": r"\bLDG?\.E\.(?:\w+\.)*128\b",
     "16-byte stores": r"\bSTG?\.E\.(?:\w+\.)*128\b",
+    "F2F": r"\bF2F\.",  # a quarter of the speed of a packed conversion; between double and float for single numbers
+    "instructions": r"/\*[0-9a-f]{4,}\*/ +(?:@!?\w+ +)?(?!NOP\b)[A-Z]",
 }
 
 
@@ -175,15 +185,47 @@ def problems(kernels: dict[str, dict], warnings: list[str]) -> list[str]:
 # Kernels whose every instance reads, and whose every instance writes, 16 bytes at a time where the rows allow it.
 WIDE_LOADS = {
     "layer_norm_fwd_kernel", "layer_norm_fwd_long_kernel", "layer_norm_bwd_kernel", "layer_norm_bwd_long_kernel",
-    "layer_norm_bwd_affine_kernel", "gelu_bwd_bias_kernel", "adamw_kernel",
+    "layer_norm_bwd_affine_kernel", "gelu_bwd_bias_kernel", "adamw_kernel", "sgd_kernel", "rmsprop_kernel",
+    "norm_kernel", "scale_kernel",
 }  # fmt: skip
-WIDE_STORES = WIDE_LOADS - {"layer_norm_bwd_affine_kernel"}
+WIDE_STORES = WIDE_LOADS - {"layer_norm_bwd_affine_kernel", "norm_kernel"}
+# Those that form a tensor's numbers in double, in one thread.
+IN_DOUBLE = {"adamw_kernel", "sgd_kernel", "rmsprop_kernel", "norm_kernel"}
+# Those that still round their bfloat16 numbers one by one, before they are summed.
+ONE_BY_ONE = {"gelu_bwd_bias_kernel"}
 
 
-def narrow(name: str, counts: dict[str, int]) -> list[str]:
-    """One line for each way in which the kernel ``name`` has lost its 16-byte accesses."""
+def by_elements(mangled: str) -> bool:
+    """Whether an instance is for rows that do not lie on 16 bytes."""
+    return "layer_norm_fwd_kernel" in mangled and "EELb0ELb0EE" in mangled
+
+
+def slipped(mangled: str, counts: dict[str, int]) -> list[str]:
+    """One line for each way in which a kernel has lost its 16-byte accesses, converts number by number, or issues for
+    longer than its bytes take."""
+    name = kernel_name(mangled)
     wanted = {"16-byte loads": name in WIDE_LOADS, "16-byte stores": name in WIDE_STORES}
-    return [f"{name}: no {label}" for label, wide in wanted.items() if wide and not counts[label]]
+    found = [] if by_elements(mangled) else [f"{name}: no {k}" for k, wide in wanted.items() if wide and not counts[k]]
+    if counts["F2F"] > 1 and name in WIDE_LOADS - IN_DOUBLE - ONE_BY_ONE:  # one: eps comes in double
+        found.append(f"{name}: {counts['F2F']} F2F ({mangled})")
+    clocks = row_clocks(mangled, counts["instructions"])
+    if clocks and clocks[0] > clocks[1]:
+        found.append("{}: {:.0f} clocks to issue a row, {:.0f} for its bytes ({})".format(name, *clocks, mangled))
+    return found
+
+
+# An H200: 4.3 TB/s over 132 multiprocessors at 1.98 GHz, and instructions that each of them issues.
+BYTES_A_CLOCK, SLOTS_A_CLOCK = 16.4, 4
+
+
+def row_clocks(mangled: str, instructions: int) -> tuple[float, float] | None:
+    """LayerNorm forward in bfloat16 over full rows, which issues most for its bytes: the clocks of a multiprocessor
+    that a row's instructions take, and its bytes. The kernel runs straight through, so each instruction counts once."""
+    held = re.search(r"layer_norm_fwd_kernelI13__nv_bfloat16S\w*_NS\w*_4HeldILi(\d+)ELi(\d+)EEELb1ELb1EE", mangled)
+    if held is None:
+        return None
+    threads, elements = map(int, held.groups())
+    return instructions * threads / 32 / SLOTS_A_CLOCK, 2 * 2 * threads * elements / BYTES_A_CLOCK
 
 
 def span(values: Iterable[int]) -> str:
@@ -216,10 +258,13 @@ def disassembler() -> str:
 
 
 def main() -> int:
+    import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
+    # The torch that is here, and those whose folders are named.
+    torchs = [Path(torch.__file__).parent, *map(Path, sys.argv[1:])]
     root = fetched_toolkit()
     if cutlass() is None:
         fetch([CUTLASS], "cutlass")
@@ -233,22 +278,21 @@ def main() -> int:
     todo.sort(key=lambda job: ("_sm" not in job[0].stem, "layer_norm" not in job[0].stem))
     objects = {(source, arch): out / f"{source.stem}.sm_{arch}.o" for source, arch in todo}
     jobs = {(source, arch): command(root, source, [arch], path) for (source, arch), path in objects.items()}
-    host = {(path, "host"): host_command(root, path) for path in sorted((ROOT / "csrc/cuda").glob("*.cpp"))}
-    jobs |= host
+    jobs = {("host code", f"torch {version(t)}"): host_command(root, t) for t in torchs} | jobs
     console.print(f"nvcc {release(root)} of {root}, {len(jobs)} compilations")
-    failures, rows = [], []
+    failures, rows, rows_issued = [], [], []
     start = time.perf_counter()
     columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("compiling", total=len(jobs))
         for (source, arch), done, seconds in run_all(jobs, os.cpu_count() or 1):
             progress.advance(bar)
-            what = f"{source.name} for {arch if arch == 'host' else f'sm_{arch}'}"
+            what = f"host code for {arch}" if source == "host code" else f"{source.name} for sm_{arch}"
             progress.print(f"{what}: {seconds:.0f} s")
             if done.returncode:
                 failures.append(f"{what}: {done.stdout}{done.stderr}")
                 continue
-            if arch == "host":
+            if source == "host code":
                 continue
             kernels, warnings = compiler_report(done.stderr + done.stdout)
             if not kernels:
@@ -261,7 +305,10 @@ def main() -> int:
             groups = defaultdict(list)
             for name, k in kernels.items():
                 if name in counts:
-                    failures += [f"{what}: {problem}" for problem in narrow(kernel_name(name), counts[name])]
+                    if arch == "90a":  # what the budgets are of; the others say it in other instructions
+                        failures += [f"{what}: {problem}" for problem in slipped(name, counts[name])]
+                        if clocks := row_clocks(name, counts[name]["instructions"]):
+                            rows_issued.append((name, *clocks))
                     groups[kernel_name(name)].append({**k, **counts[name]})
             for name, group in groups.items():
                 rows.append([source.name, f"sm_{arch}", name, str(len(group))])
@@ -270,6 +317,9 @@ def main() -> int:
     table = Table("file", "for", "kernel", "instances", "registers", "shared", "spilled", *INSTRUCTIONS)
     for row in sorted(rows):
         table.add_row(*row)
+    for name, issue, memory in sorted(rows_issued, key=lambda r: r[2]):
+        held = "x".join(re.search(r"HeldILi(\d+)ELi(\d+)", name).groups())
+        console.print(f"LayerNorm forward, bf16, {held} a row: {issue:.0f} clocks to issue, {memory:.0f} for its bytes")
     console.print(table, f"{time.perf_counter() - start:.0f} s")
     for failure in failures:
         console.print(failure, style="red", markup=False, soft_wrap=True)

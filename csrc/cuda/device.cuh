@@ -68,12 +68,36 @@ struct Raw {
   __device__ T& operator[](int i) { return piece[i / kPiece].v[i % kPiece]; }
 };
 
+// x[i] = A(v[i]). A float is a bfloat16 with 16 zero bits behind it, so two that lie in one register take an
+// instruction each; the compiler takes two.
+template <int N, class T, class A>
+__device__ void convert(const T (&v)[N], A (&x)[N]) {
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<A, float> && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      uint32_t pair;
+      std::memcpy(&pair, &v[i], 4);
+      const uint32_t low = pair << 16, high = pair & 0xffff0000u;
+      std::memcpy(&x[i], &low, 4);
+      std::memcpy(&x[i + 1], &high, 4);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = A(v[i]);
+  }
+}
+
 template <int V, class T, class A>
 __device__ void load(const T* p, A (&x)[V]) {
   Raw<T, V> raw;
   raw.load(p);
 #pragma unroll
-  for (int i = 0; i < V; ++i) x[i] = A(raw[i]);
+  for (int k = 0; k < V / raw.kPiece; ++k) {
+    A piece[raw.kPiece];
+    convert(raw.piece[k].v, piece);
+#pragma unroll
+    for (int j = 0; j < raw.kPiece; ++j) x[k * raw.kPiece + j] = piece[j];
+  }
 }
 template <int V, class T, class A>
 __device__ void store(T* p, const A (&x)[V]) {
@@ -93,6 +117,14 @@ __device__ void store_global(T* p, const A (&x)[V]) {
     uint4 whole;
     std::memcpy(&whole, &raw, 16);
     __stwb(reinterpret_cast<uint4*>(p), whole);
+  } else if constexpr (V * sizeof(T) > 16) {
+#pragma unroll
+    for (int k = 0; k < V; k += kVector<T>) {
+      A piece[kVector<T>];
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) piece[j] = x[k + j];
+      store_global<kVector<T>>(p + k, piece);
+    }
   } else {
     store<V>(p, x);
   }
@@ -100,15 +132,28 @@ __device__ void store_global(T* p, const A (&x)[V]) {
 
 // Which columns of a row of n <= Threads * E one thread of Threads holds. By 16-byte vectors where every row starts on
 // 16 bytes and ends with a vector; otherwise one by one, side by side with its neighbours, so that a warp's
-// accesses still are one run of memory. What lies past the end reads as 0 and is not written.
-template <class T, int Threads, int E>
+// accesses still are one run of memory. What lies past the end reads as 0 and is not written. Vectors: bool, or
+// std::true_type and std::false_type where a kernel of its own knows it.
+template <class T, int Threads, int E, class Vectors = bool>
 struct Columns {
   static constexpr int V = kVector<T> < E ? kVector<T> : E;
   int lane, n;
-  bool vectors;
+  Vectors vectors;
 
   __device__ int column(int e) const { return vectors ? (e / V * Threads + lane) * V + e % V : e * Threads + lane; }
   __device__ bool inside(int e) const { return column(e) < n; }
+
+  // body(e) for each element that is this thread's and lies inside. By vectors that is asked once a vector.
+  template <class Body>
+  __device__ void each_inside(Body body) const {
+#pragma unroll
+    for (int k = 0; k < E / V; ++k) {
+      if (vectors && !inside(k * V)) continue;
+#pragma unroll
+      for (int j = 0; j < V; ++j)
+        if (vectors || inside(k * V + j)) body(k * V + j);
+    }
+  }
 
   template <class U, class Out>
   __device__ void load(const U* row, Out (&x)[E]) const {
@@ -209,9 +254,7 @@ __device__ void sum_tile(int64_t rows, int64_t n, bool vectors, float* parts, Bo
 #pragma unroll
     for (int v = 0; v < V; ++v) total[v] += lines[l][line][v][lane];
   float* part = parts + (int64_t(line) * gridDim.y + blockIdx.y) * n + first;
-#pragma unroll
-  for (int v = 0; v < V; ++v)
-    if (columns.inside(v)) part[columns.column(v)] = total[v];
+  columns.store(part, total);
 }
 
 // Second step: out[blockIdx.y][column] = the sum of `count` parts.

@@ -7,6 +7,8 @@
 #include <cstdint>
 
 #include "../math/adamw.h"
+#include "../math/rmsprop.h"
+#include "../math/sgd.h"
 
 namespace nnfast::cuda {
 
@@ -64,32 +66,66 @@ int64_t linear_gelu_workspace(const LinearGelu& f);  // bytes
 // What CUTLASS has to say against it, or null.
 const char* linear_gelu(const LinearGelu& f, void* workspace, cudaStream_t stream);
 
-// One tensor of an AdamW step, in a table that lies on the device.
-struct AdamWTensor {
-  void *param, *grad, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;  // the last one null without amsgrad
-  float* step;         // the count on the device, which the kernel advances; or null:
-  double step_offset;  // then the count is the launch's step plus this
+// ---- optimizers: one launch for all tensors of a group ----
+
+// One tensor of a step, in a table that lies on the device.
+struct StepTensor {
+  void *param, *grad, *state[3];  // state: null where the optimizer keeps none of it
+  float* step;                    // the count on the device, which the kernel advances; or null:
+  double step_offset;             // then the count is the launch's step plus this
   int64_t size;
   uint32_t chunks;  // of the tensor, at least 1
-  uint32_t done;    // chunks of this launch that have read the step; 0 between launches
-  DType param_dtype, grad_dtype, moments_dtype;
+  uint32_t done;    // chunks of this launch that have been here; 0 between launches
+  DType param_dtype, grad_dtype, state_dtype;
   bool aligned;  // every pointer on 16 bytes
 };
-constexpr int64_t kAdamWChunk = 8192;  // elements a block updates; a measurement should settle it
-struct AdamWChunk {
+constexpr int64_t kStepChunk = 8192;  // elements a block updates; a measurement should settle it
+struct StepChunk {
   uint32_t tensor, index;
 };
-struct AdamW {
-  AdamWTensor* tensors;  // both on the device
-  const AdamWChunk* chunks;
+struct StepTable {
+  StepTensor* tensors;  // both on the device
+  const StepChunk* chunks;
   int64_t chunk_count;
-  double lr, beta1, beta2, weight_decay, eps;
+};
+// Numbers: the optimizer's; `known` in them is what an element needs, of a tensor at `step` where lr is known here.
+template <class Numbers>
+struct Step {
+  StepTable table;
+  double lr, step;
   const void* device_lr;  // null, or one number there in place of lr
   bool device_lr_is_double, maximize;
   const float *grad_scale, *found_inf, *clip_coef;  // null, or one number on the device
-  double step;
-  AdamWStep<double> scalars;  // of a tensor at `step`, where lr is known here
+  Numbers numbers;
 };
-cudaError_t adamw(const AdamW& a, cudaStream_t stream);
+struct AdamW {
+  double beta1, beta2, weight_decay, eps, log_beta1, log_beta2;
+  bool decoupled;
+  AdamWStep<double> known;
+};
+struct Sgd {
+  SgdStep<double> known;
+};
+struct RMSprop {
+  RMSpropStep<double> known;
+};
+cudaError_t adamw(const Step<AdamW>& a, cudaStream_t stream);
+cudaError_t sgd(const Step<Sgd>& a, cudaStream_t stream);
+cudaError_t rmsprop(const Step<RMSprop>& a, cudaStream_t stream);
+
+// The norm of the `grad`s of a table, divided by grad_scale where that is given.
+struct Norm {
+  StepTable table;
+  float* parts;  // chunk_count numbers, on their way
+  double max_norm;
+  const float* grad_scale;  // null, or one number on the device
+  double* norm;             // or null
+  float* coef;              // or null: what the gradients are to be multiplied by, at most 1;
+  void* rounded;            // then the norm, too, in a dtype
+  DType rounded_dtype;
+};
+cudaError_t norm(const Norm& a, cudaStream_t stream);
+// The `grad`s of a table times one number on the device.
+cudaError_t scale(const StepTable& a, const float* factor, cudaStream_t stream);
 
 }  // namespace nnfast::cuda

@@ -41,14 +41,17 @@ auto with_held(int64_t size, HeldList<First, Rest...>, Body body, None none) {
 
 // ---- forward ----
 
-template <class T, class W, class H>
-__global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForward f, bool vectors) {
+// Bound by the instructions where a row has a few hundred 16-bit elements, so what is the same for all rows is known
+// here: Vectors, and Affine, that there are both a weight and a bias; else it is looked up.
+template <class T, class W, class H, bool Vectors, bool Affine>
+__global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForward f, float inverse_size) {
   constexpr int E = H::kElements;
   const int64_t wanted = int64_t(blockIdx.x) * H::kRows + threadIdx.x / H::kThreads;
   // Threads without a row do a warp's common work with the last one, and write nothing.
   const int64_t row = wanted < f.rows ? wanted : f.rows - 1;
   const int n = static_cast<int>(f.size);
-  const Columns<T, H::kThreads, E> columns{static_cast<int>(threadIdx.x % H::kThreads), n, vectors};
+  const Columns<T, H::kThreads, E, std::bool_constant<Vectors>> columns{
+      static_cast<int>(threadIdx.x % H::kThreads), n, {}};
 
   float x[E];
   columns.load(static_cast<const T*>(f.input) + row * f.input_stride, x);
@@ -56,18 +59,17 @@ __global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForw
 #pragma unroll
   for (int e = 0; e < E; ++e) sum[0] += x[e];
   sum_over_threads<H::kThreads, 1, 0>(sum);
-  const float mean = sum[0] / n;
+  const float mean = sum[0] * inverse_size;
 
   float s[2] = {};  // of x - mean and of its square
-#pragma unroll
-  for (int e = 0; e < E; ++e) {
-    x[e] = columns.inside(e) ? x[e] - mean : 0;
+  columns.each_inside([&](int e) {
+    x[e] -= mean;
     s[0] += x[e];
     s[1] += x[e] * x[e];
-  }
+  });
   sum_over_threads<H::kThreads, 2, 1>(s);
-  const float residual = s[0] / n;
-  const float rstd = reciprocal_std(corrected_variance(s[1] / n, residual), static_cast<float>(f.eps));
+  const float residual = s[0] * inverse_size;
+  const float rstd = reciprocal_std(corrected_variance(s[1] * inverse_size, residual), static_cast<float>(f.eps));
   if (wanted >= f.rows) return;
   if (columns.lane == 0) {
     f.mean[row] = mean + residual;
@@ -76,17 +78,17 @@ __global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForw
 
 #pragma unroll
   for (int e = 0; e < E; ++e) x[e] = normalized(x[e], residual, rstd);
-  if (f.weight) {
-    W w[E];
+  if (Affine || f.weight) {
+    float w[E];
     columns.load(static_cast<const W*>(f.weight), w);
 #pragma unroll
-    for (int e = 0; e < E; ++e) x[e] *= float(w[e]);
+    for (int e = 0; e < E; ++e) x[e] *= w[e];
   }
-  if (f.bias) {
-    W b[E];
+  if (Affine || f.bias) {
+    float b[E];
     columns.load(static_cast<const W*>(f.bias), b);
 #pragma unroll
-    for (int e = 0; e < E; ++e) x[e] += float(b[e]);
+    for (int e = 0; e < E; ++e) x[e] += b[e];
   }
   columns.store(static_cast<T*>(f.output) + row * f.size, x);
 }
@@ -223,12 +225,8 @@ __global__ void __launch_bounds__(H::kBlock, kResident<H>)
     }
     if (group != H::kRows - 1) return;
   }
-#pragma unroll
-  for (int e = 0; e < E; ++e)
-    if (columns.inside(e)) {
-      parts[int64_t(blockIdx.x) * n + columns.column(e)] = dw[e];
-      parts[(int64_t(gridDim.x) + blockIdx.x) * n + columns.column(e)] = db[e];
-    }
+  columns.store(parts + int64_t(blockIdx.x) * n, dw);
+  columns.store(parts + (int64_t(gridDim.x) + blockIdx.x) * n, db);
 }
 
 // dx of a long row: a block a row, which is read twice, the second time from L2.
@@ -347,7 +345,10 @@ cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream) {
         [&](auto h) {
           using H = decltype(h);
           const dim3 grid((f.rows + H::kRows - 1) / H::kRows);
-          return launch(layer_norm_fwd_kernel<T, W, H>, grid, H::kBlock, 0, stream, f, vectors);
+          const auto kernel = !vectors             ? layer_norm_fwd_kernel<T, W, H, false, false>
+                              : f.weight && f.bias ? layer_norm_fwd_kernel<T, W, H, true, true>
+                                                   : layer_norm_fwd_kernel<T, W, H, true, false>;
+          return launch(kernel, grid, H::kBlock, 0, stream, f, 1.0f / f.size);
         },
         by_block);
   });

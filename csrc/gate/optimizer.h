@@ -255,9 +255,7 @@ inline Op gate_of(const SgdCall&) { return kSgd; }
 inline Op gate_of(const RMSpropCall&) { return kRMSprop; }
 
 // What of a call only the CPU kernels know.
-inline bool covers_on_gpu(const AdamWCall& a, bool master) {
-  return (a.decoupled_weight_decay || a.weight_decay == 0) && !master && !a.rounding_seed;
-}
+inline bool covers_on_gpu(const AdamWCall& a, bool master) { return !master && !a.rounding_seed; }
 template <class Call>
 bool covers_on_gpu(const Call&, bool) {
   return true;
@@ -305,7 +303,8 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
   if (!served(gate_of(out.call), *param) || !ordinary(*param) || !ordinary(*grad) ||
       !covers_step(*param, *grad, state, low, step))
     return false;
-  if (!param->is_cpu() && (!covers_on_gpu(out.call, master) || state[0]->scalar_type() != param->scalar_type()))
+  if (!param->is_cpu() &&
+      (!covers_on_gpu(out.call, master) || (out.wanted[0] && state[0]->scalar_type() != param->scalar_type())))
     return false;
   if (out.capturable && (!step || !step->is_cuda())) return false;  // torch's own error
   // All on one device, with their steps: there, or all on the CPU; and the numbers of a GradScaler with them.

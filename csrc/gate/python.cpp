@@ -64,8 +64,8 @@ PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   const Tensor& input = THPVariable_Unpack(args[0]);
   const OptTensor weight = optional_tensor(args[2]), bias = optional_tensor(args[3]);
-  if (!open(kLayerNorm, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
-      !covers_layer_norm(input, shape, weight, bias))
+  if (!open(kLayerNorm, input, c10::multiply_integers(shape)) || !ordinary(input) || !ordinary(weight) ||
+      !ordinary(bias) || !covers_layer_norm(input, shape, weight, bias))
     Py_RETURN_NONE;
   Tensor output;
   {
@@ -272,7 +272,7 @@ PyObject* py_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Plain dense tensors on the CPU, as the two functions below take them, and the dtype that all of them fit in.
+// Plain dense tensors on one device, as the functions below take them, and the dtype that all of them fit in.
 bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty, at::ScalarType& dtype) {
   if (!PyList_Check(list) || !PyList_GET_SIZE(list) || !ordinary_thread()) return false;
   out.reserve(PyList_GET_SIZE(list));
@@ -281,6 +281,7 @@ bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty, at::ScalarType
     if (!is_plain(o)) return false;
     const Tensor& t = THPVariable_Unpack(o);
     if (!served(kTotalNorm, t) || !ordinary(t) || !covers_clip(t)) return false;
+    if (i && t.device() != out.tensors()[0].device()) return false;
     any_empty = any_empty || t.numel() == 0;
     dtype = i ? at::promote_types(dtype, t.scalar_type()) : t.scalar_type();
     out.add(t);
@@ -297,7 +298,8 @@ PyObject* py_total_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   bool any_empty = false;
   at::ScalarType dtype;
   const bool largest = norm_type == std::numeric_limits<double>::infinity();
-  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors, any_empty, dtype) || (largest && any_empty))
+  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors, any_empty, dtype) ||
+      (largest && (any_empty || !tensors.tensors()[0].is_cpu())))
     Py_RETURN_NONE;  // the largest of nothing is torch's error
   const Tensor exact = total_norm(tensors.tensors(), norm_type);
   return py::make_tuple(exact.to(dtype), exact).release().ptr();
@@ -312,10 +314,45 @@ PyObject* py_scale_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   Borrowed tensors;
   bool any_empty = false;
   at::ScalarType dtype;
-  if (!read_tensors(args[0], tensors, any_empty, dtype)) Py_RETURN_FALSE;
+  if (!read_tensors(args[0], tensors, any_empty, dtype) || !tensors.tensors()[0].is_cpu()) Py_RETURN_FALSE;
   scale_(tensors.tensors(), factor);
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
+}
+
+// clip_coef(tensors, max_norm, grad_scale or None, scales): their norm and what they are to be multiplied by, on a GPU;
+// and with `scales`, they are. None where it is torch's.
+PyObject* py_clip_coef(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  double max_norm;
+  if (count != 4) return wrong_arguments("clip_coef(tensors, max_norm, grad_scale, scales)");
+  Borrowed tensors;
+  bool any_empty = false;
+  at::ScalarType dtype;
+  if (!unpack_double(args[1], max_norm) || !is_plain_or_none(args[2]) ||
+      !read_tensors(args[0], tensors, any_empty, dtype) || tensors.tensors()[0].is_cpu() ||
+      (args[2] != Py_None && THPVariable_Unpack(args[2]).device() != tensors.tensors()[0].device()))
+    Py_RETURN_NONE;
+  const auto [norm, coef] = clip_coef(tensors.tensors(), max_norm, optional_tensor(args[2]));
+  if (args[3] == Py_True) scale_by_(tensors.tensors(), coef);
+  return Py_BuildValue("NN", THPVariable_Wrap(norm), THPVariable_Wrap(coef));
+  END_HANDLE_TH_ERRORS
+}
+
+// known_answers(function or None, on_cpu): function(op, backend, device, dtype, size) -> whether those kernels are
+// right, or None where that cannot be asked now.
+PyObject* py_known_answers(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 2) return wrong_arguments("known_answers(function, on_cpu)");
+  known_answers.ask(args[0] == Py_None ? nullptr : args[0], args[1] == Py_True);
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+// asking(yes): whether this thread is the one that finds out.
+PyObject* py_asking(PyObject*, PyObject* yes) {
+  KnownAnswers::asking() = yes == Py_True;
+  Py_RETURN_NONE;
 }
 
 // hold(name or None): what this thread is held to.
@@ -425,7 +462,10 @@ PyMethodDef methods[] = {
     FAST("rmsprop_", py_step<RMSpropCall>),
     FAST("total_norm", py_total_norm),
     FAST("scale_", py_scale_),
+    FAST("clip_coef", py_clip_coef),
     FAST("set_threshold", py_set_threshold),
+    FAST("known_answers", py_known_answers),
+    {"asking", py_asking, METH_O, nullptr},
     {"hold", py_hold, METH_O, nullptr},
     {"memory", py_memory, METH_NOARGS, nullptr},
     {"empty_cache", py_empty_cache, METH_NOARGS, nullptr},

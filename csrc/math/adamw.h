@@ -35,16 +35,16 @@ struct AdamWStep {
         step_size(s.step_size),
         eps(s.eps) {}
 
-  NNFAST_FN AdamWStep(A lr, A beta1, A beta2, A eps, A weight_decay, A t, bool decoupled = true)
+  // power1, power2: the betas to the power of t, the number of the step.
+  NNFAST_FN AdamWStep(A lr, A beta1, A beta2, A eps, A weight_decay, A power1, A power2, bool decoupled = true)
       : decay(decoupled ? A(1) - lr * weight_decay : A(1)),
         l2(decoupled ? A(0) : weight_decay),
         one_minus_beta1(A(1) - beta1),
         beta2(beta2),
         one_minus_beta2(A(1) - beta2) {
-    using std::pow;
     using std::sqrt;
-    const A correction2 = sqrt(A(1) - pow(beta2, t));
-    step_size = lr / (A(1) - pow(beta1, t)) * correction2;
+    const A correction2 = sqrt(A(1) - power2);
+    step_size = lr / (A(1) - power1) * correction2;
     this->eps = eps * correction2;
   }
 };

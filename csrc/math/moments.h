@@ -28,8 +28,12 @@ NNFAST_FN A corrected_variance(A mean_of_squares, A residual_mean) {
 // A variance that rounding made negative counts as 0; NaN stays NaN.
 template <class A>
 NNFAST_FN A reciprocal_std(A variance, A eps) {
+#ifdef __CUDA_ARCH__
+  return rsqrtf((variance < A(0) ? A(0) : variance) + eps);
+#else
   using std::sqrt;
   return A(1) / sqrt((variance < A(0) ? A(0) : variance) + eps);
+#endif
 }
 
 template <class V>

@@ -11,6 +11,11 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def("total_norm(Tensor[] tensors, float norm_type) -> Tensor");
   // Each is multiplied by the factor.
   m.def("scale_(Tensor(a!)[] tensors, float factor) -> ()");
+  // On a GPU, where nobody waits for the number: their norm, divided by grad_scale and rounded as torch rounds it, and
+  // max_norm / (norm + 1e-6), or 1 where that is more, in float.
+  m.def("clip_coef(Tensor[] tensors, float max_norm, Tensor? grad_scale=None) -> (Tensor, Tensor)");
+  // Each is multiplied by the factor, one float beside them.
+  m.def("scale_by_(Tensor(a!)[] tensors, Tensor factor) -> ()");
 }
 
 Tensor total_norm(at::TensorList tensors, double norm_type) {
@@ -22,10 +27,25 @@ void scale_(at::TensorList tensors, double factor) {
   op.call(tensors, factor);
 }
 
+std::tuple<Tensor, Tensor> clip_coef(at::TensorList tensors, double max_norm, const OptTensor& grad_scale) {
+  static const auto op = find_op<decltype(clip_coef)>("clip_coef");
+  return op.call(tensors, max_norm, grad_scale);
+}
+void scale_by_(at::TensorList tensors, const Tensor& factor) {
+  static const auto op = find_op<decltype(scale_by_)>("scale_by_");
+  op.call(tensors, factor);
+}
+
 bool covers_clip(const Tensor& t) {
   const auto type = t.scalar_type();
-  return t.is_cpu() && t.is_non_overlapping_and_dense() &&
-         (type == at::kFloat || type == at::kDouble || type == at::kBFloat16 || type == at::kHalf);
+  return t.is_non_overlapping_and_dense() &&
+         (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || (type == at::kDouble && t.is_cpu()));
+}
+
+at::ScalarType norm_dtype(at::TensorList tensors) {
+  auto type = tensors[0].scalar_type();
+  for (const auto& t : tensors) type = at::promoteTypes(type, t.scalar_type());
+  return type;
 }
 
 namespace {
@@ -39,6 +59,24 @@ Tensor total_norm_autograd(at::TensorList tensors, double norm_type) {
   return total_norm(tensors, norm_type);
 }
 void scale_meta(at::TensorList, double) {}
+std::tuple<Tensor, Tensor> clip_coef_meta(at::TensorList tensors, double, const OptTensor&) {
+  TORCH_CHECK(!tensors.empty(), "nnfast::clip_coef wants a tensor");
+  const auto options = tensors[0].options();
+  return {at::empty({}, options.dtype(norm_dtype(tensors))), at::empty({}, options.dtype(at::kFloat))};
+}
+std::tuple<Tensor, Tensor> clip_coef_autograd(at::TensorList tensors, double max_norm, const OptTensor& grad_scale) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return clip_coef(tensors, max_norm, grad_scale);
+}
+void scale_by_meta(at::TensorList, const Tensor&) {}
+void scale_by_autograd(at::TensorList tensors, const Tensor& factor) {
+  check_in_place(tensors);
+  {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    scale_by_(tensors, factor);
+  }
+  count_version(tensors);
+}
 void scale_autograd(at::TensorList tensors, double factor) {
   check_in_place(tensors);
   {
@@ -53,10 +91,14 @@ void scale_autograd(at::TensorList tensors, double factor) {
 TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
   m.impl("total_norm", total_norm_meta);
   m.impl("scale_", scale_meta);
+  m.impl("clip_coef", clip_coef_meta);
+  m.impl("scale_by_", scale_by_meta);
 }
 TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("total_norm", total_norm_autograd);
   m.impl("scale_", scale_autograd);
+  m.impl("clip_coef", clip_coef_autograd);
+  m.impl("scale_by_", scale_by_autograd);
 }
 
 }  // namespace nnfast

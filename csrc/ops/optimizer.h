@@ -134,6 +134,10 @@ bool covers_call(const Call& a, bool mixed_dtypes = false) {
 bool covers_clip(const Tensor& t);
 Tensor total_norm(at::TensorList tensors, double norm_type);
 void scale_(at::TensorList tensors, double factor);
+std::tuple<Tensor, Tensor> clip_coef(at::TensorList tensors, double max_norm, const OptTensor& grad_scale);
+void scale_by_(at::TensorList tensors, const Tensor& factor);
+// The dtype of their norm.
+at::ScalarType norm_dtype(at::TensorList tensors);
 
 // What torch's own in-place ops do around the change: refuse a leaf that is being recorded, and count the version up,
 // so that a graph which saved the old value notices.

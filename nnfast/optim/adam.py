@@ -8,7 +8,7 @@ class Adam(AdamStep, torch.optim.Adam):
     r"""``torch.optim.Adam`` whose step is one native call for all parameters.
 
     As ``nnfast.optim.AdamW``, its arguments beyond torch's included, with ``g = g + weight_decay p`` in place of
-    the decay (Kingma and Ba, 2015; ``csrc/math/adamw.h``). On a GPU, a weight decay that is not decoupled is torch's.
+    the decay (Kingma and Ba, 2015; ``csrc/math/adamw.h``).
     """
 
     __signature__ = _with_ours(torch.optim.Adam)

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw as adamw
 
-from nnfast.nn.utils.clip_grad import total_norm
+from nnfast.nn.utils.clip_grad import clip_coef, total_norm
 from nnfast.optim.native import NativeStep
 
 _OPTIONS = (
@@ -92,10 +92,13 @@ class AdamStep(NativeStep):
         grads = [grad for group in self.param_groups for p in group["params"] if (grad := p.grad) is not None]
         if any(g.is_sparse for g in grads):
             return None  # the step raises
+        scale = getattr(self, "grad_scale", None)
+        if (found := clip_coef(grads, self.max_grad_norm, scale)) is not None:
+            self.grad_norm, coef = found
+            return coef
         norm, exact = total_norm(grads)
         if hasattr(norm, "full_tensor"):
             norm = exact = norm.full_tensor()  # over all ranks
-        scale = getattr(self, "grad_scale", None)
         if scale is not None:
             norm, exact = norm / scale.to(norm.device), exact / scale.to(exact.device)
         self.grad_norm = norm

@@ -8,7 +8,10 @@
 #define TORCH_LIBRARY_IMPL(ns, key, m) TORCH_LIBRARY_FRAGMENT(ns, m)
 
 #include "ops/adamw.cpp"
+#include "ops/clip_grad.cpp"
 #include "ops/layer_norm.cpp"
 #include "ops/linear.cpp"
 #include "ops/linear_gelu.cpp"
 #include "ops/optimizer.cpp"
+#include "ops/rmsprop.cpp"
+#include "ops/sgd.cpp"

@@ -19,8 +19,11 @@ inline c10::Device gpu() { return c10::Device(scalars_on_device ? c10::kCPU : c1
 #define is_cpu() device().operator==(emulate::host())
 #define is_cuda() device().operator==(emulate::gpu())
 #include "cuda/adamw.cpp"
+#include "cuda/clip_grad.cpp"
 #include "cuda/layer_norm.cpp"
 #include "cuda/linear_gelu.cpp"
+#include "cuda/rmsprop.cpp"
+#include "cuda/sgd.cpp"
 #undef is_cpu
 #undef is_cuda
 
@@ -50,8 +53,18 @@ class Failing final : public c10::Allocator {
 }  // namespace
 
 namespace c10::cuda {
-CUDAStream getCurrentCUDAStream(DeviceIndex) { return {nullptr}; }
-CaptureStatus currentStreamCaptureStatusMayInitCtx() { return capturing ? CaptureStatus::Active : CaptureStatus::None; }
+namespace {
+int current = 0, side = 0;  // whose addresses are those of streams
+int* on = &current;
+CUDAStream stream(int* s) { return {reinterpret_cast<cudaStream_t>(s)}; }
+}  // namespace
+CUDAStream getCurrentCUDAStream(DeviceIndex) { return stream(on); }
+CUDAStream getStreamFromPool(bool, DeviceIndex) { return stream(&side); }
+CUDAStreamGuard::CUDAStreamGuard(CUDAStream s) { on = reinterpret_cast<int*>(s.id); }
+CUDAStreamGuard::~CUDAStreamGuard() { on = &current; }
+CaptureStatus currentStreamCaptureStatusMayInitCtx() {
+  return capturing && on == &current ? CaptureStatus::Active : CaptureStatus::None;
+}
 }  // namespace c10::cuda
 
 #define EXPORT extern "C" __attribute__((visibility("default")))

@@ -19,7 +19,7 @@ from run import environment
 from build import ROOT, build, commands, compile_and_link
 
 # name, file, what stands there, what stands there instead, and which tests look.
-LAYER_NORM, GELU, ADAMW, ALL = "layer_norm", "gelu", "adamw", "layer_norm or gelu"
+LAYER_NORM, GELU, ADAMW, CLIP, ALL = "layer_norm", "gelu", "adamw", "clipping", "layer_norm or gelu"
 MUTANTS = [
     # Barriers, in the order of the files.
     ("no barrier in sum_over_threads", "device.cuh", "    __syncthreads();\n#pragma unroll\n    for (int k = 0; k < K; ++k) {\n      float sum", "#pragma unroll\n    for (int k = 0; k < K; ++k) {\n      float sum", LAYER_NORM),
@@ -27,7 +27,9 @@ MUTANTS = [
     ("no barrier in sum_parts", "device.cuh", "  __syncthreads();\n  if (line ||", "  if (line ||", ALL),
     ("no barrier between rows", "layer_norm.cu", "if (H::kThreads > 32) __syncthreads();", "", LAYER_NORM),
     ("no barrier between groups", "layer_norm.cu", "      __syncthreads();\n    }\n    if (group !=", "    }\n    if (group !=", LAYER_NORM),
-    ("no barrier before the step's scalars", "adamw.cu", "  __syncthreads();\n", "", ADAMW),
+    ("no barrier before the step's scalars", "optimizer.cuh", "  __syncthreads();\n", "", ADAMW),
+    ("no barrier before the norm's last block", "clip_grad.cu", "  __syncthreads();\n  if (!last)", "  if (!last)", CLIP),
+    ("no barrier in the norm's sum", "clip_grad.cu", "    __syncthreads();\n", "", CLIP),
     # Shuffles.
     ("one shuffle less", "device.cuh", "std::min(Threads, 32) / 2; offset > 0", "std::min(Threads, 32) / 2; offset > 1", LAYER_NORM),
     ("lanes that do not shuffle", "layer_norm.cu", "  const int64_t row = wanted < f.rows ? wanted : f.rows - 1;", "  const int64_t row = wanted;\n  if (row >= f.rows) return;", LAYER_NORM),
@@ -36,22 +38,24 @@ MUTANTS = [
     ("loads of elements past a row", "device.cuh", "inside(e) ? Out(row[column(e)]) : Out(0)", "Out(row[column(e)])", LAYER_NORM),
     ("stores of vectors past a row", "device.cuh", "if (inside(k * V)) store_global", "store_global", LAYER_NORM),
     ("stores of elements past a row", "device.cuh", "        if (inside(e)) row[column(e)] = U(x[e]);", "        row[column(e)] = U(x[e]);", LAYER_NORM),
-    ("lanes past a row in the variance", "layer_norm.cu", "columns.inside(e) ? x[e] - mean : 0", "x[e] - mean", LAYER_NORM),
+    ("lanes past a row in the variance", "device.cuh", "if (vectors && !inside(k * V)) continue;", "", LAYER_NORM),
+    ("elements past a row in the variance", "device.cuh", "if (vectors || inside(k * V + j)) body", "body", LAYER_NORM),
     ("rows past the last, forward", "layer_norm.cu", "  if (wanted >= f.rows) return;\n", "", LAYER_NORM),
     ("rows past the last are read, backward", "layer_norm.cu", "    if (row < b.rows) {", "    {", LAYER_NORM),
     ("rows past the last are written, backward", "layer_norm.cu", "    if (row >= b.rows) continue;\n", "", LAYER_NORM),
-    ("partial sums past a row", "layer_norm.cu", "    if (columns.inside(e)) {\n      parts", "    {\n      parts", LAYER_NORM),
     ("long rows, a vector too far", "layer_norm.cu", "i < n; i += kLongBlock * V", "i <= n; i += kLongBlock * V", LAYER_NORM),
     ("long rows, an element too far", "layer_norm.cu", "i < n; i += kLongBlock) body", "i <= n; i += kLongBlock) body", LAYER_NORM),
     ("a tile's rows", "device.cuh", "row < rows; row += int64_t(gridDim.y)", "row <= rows; row += int64_t(gridDim.y)", ALL),
-    ("a tile's columns", "device.cuh", "    if (columns.inside(v)) part", "    part", ALL),
     ("columns of the second step", "device.cuh", "if (line || column >= n) return;", "if (line) return;", ALL),
     ("partial sums of the second step", "device.cuh", "k < count; k += kSumLines", "k <= count; k += kSumLines", ALL),
     ("vectors of GELU", "linear_gelu.cu", "if (i < vectors) body", "if (i <= vectors) body", GELU),
     ("elements of GELU", "linear_gelu.cu", "V > 1 && rest < count", "V > 1 && rest <= count", GELU),
     ("no elements after the vectors of GELU", "linear_gelu.cu", "V > 1 && rest < count", "V > 1 && rest < 0", GELU),
-    ("elements of AdamW", "adamw.cu", "for (; i < end; i", "for (; i <= end; i", ADAMW),
-    ("vectors of AdamW", "adamw.cu", "k < whole; k +=", "k <= whole; k +=", ADAMW),
+    ("partial sums of the norm", "clip_grad.cu", "i < gridDim.x; i +=", "i <= gridDim.x; i +=", CLIP),
+    ("every block of the norm the last", "clip_grad.cu", " == gridDim.x - 1;", " < gridDim.x;", CLIP),
+    ("a norm that many threads write", "clip_grad.cu", "  if (threadIdx.x != 0) return;\n", "", CLIP),
+    ("elements of AdamW", "optimizer.cuh", "for (; i < end; i", "for (; i <= end; i", ADAMW),
+    ("vectors of AdamW", "optimizer.cuh", "k < whole; k +=", "k <= whole; k +=", ADAMW),
     # 16-byte accesses.
     ("rows of any size by vectors", "layer_norm.cu", "return size % kVector<T> == 0 && stride", "return stride", LAYER_NORM),
     ("rows any way apart by vectors", "layer_norm.cu", "== 0 && stride % kVector<T> == 0", "== 0", LAYER_NORM),
@@ -59,9 +63,9 @@ MUTANTS = [
     ("weights anywhere by vectors", "layer_norm.cu", " && aligned(f.weight)", "", LAYER_NORM),
     ("gradients anywhere by vectors", "layer_norm.cu", "aligned(b.grad_out) && ", "", LAYER_NORM),
     ("GELU anywhere by vectors", "linear_gelu.cu", "vectors = aligned(input) && aligned(output)", "vectors = true", GELU),
-    ("AdamW anywhere by vectors", "adamw.cu", "if (t.aligned) {", "if (true) {", ADAMW),
+    ("AdamW anywhere by vectors", "optimizer.cuh", "if (aligned) {", "if (true) {", ADAMW),
     # What only some launches do.
-    ("a count that every chunk advances", "adamw.cu", " == t.chunks - 1) {", " < t.chunks) {", ADAMW),
+    ("a count that every chunk advances", "optimizer.cuh", " == t.chunks - 1) {", " < t.chunks) {", ADAMW),
     ("no sum of the bias's gradient is rounded", "linear_gelu.cu", "float(T(grad[j] * nnfast::gelu_grad<Tanh, float>(pre[j])))", "grad[j] * nnfast::gelu_grad<Tanh, float>(pre[j] + 1)", GELU),
 ]  # fmt: skip
 
@@ -104,10 +108,12 @@ def main() -> int:
                     sys.exit(f"{kind}, nothing broken: {says}")
                 checked.add((kind, tests))
                 base = commands(kind, source, ROOT / "build/emulate")
-                wanted_tests = {"layer_norm.o": LAYER_NORM, "linear_gelu.o": GELU, "adamw.o": ADAMW}
+                wanted_tests = {
+                    "layer_norm.o": LAYER_NORM, "linear_gelu.o": GELU, "adamw.o": ADAMW, "clip_grad.o": CLIP,
+                }  # fmt: skip
                 own = {
                     o: Path(folder, o.name) for o in base
-                    if file == f"{o.stem}.cu" or (file == "device.cuh" and o.name in wanted_tests and
+                    if file == f"{o.stem}.cu" or (file.endswith(".cuh") and o.name in wanted_tests and
                                                   wanted_tests[o.name] in tests)
                 }  # fmt: skip
                 library = Path(folder, f"{kind}.so")

@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils import clip_grads_with_norm_ as _clip_grads_with_norm_
 from torch.nn.utils import get_total_norm as _get_total_norm
 
-from nnfast import backend
+from nnfast import backend, portable
 
 
 def __getattr__(name: str):
@@ -34,6 +34,16 @@ def _ours(tensors: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor] | No
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [grad for p in parameters if (grad := p.grad) is not None]
+
+
+def clip_coef(
+    tensors: list[Tensor], max_norm: float, grad_scale: Tensor | None = None, scales: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    """On a GPU, in one launch and without waiting: their norm, divided by ``grad_scale``, and what they are to be
+    multiplied by; and with ``scales``, in another launch, they are. None where it is torch's."""
+    if not tensors or tensors[0].device.type == "cpu" or is_compiling():
+        return None
+    return (backend.native or portable).clip_coef(tensors, max_norm, grad_scale, scales)
 
 
 def _check_finite(norm: Tensor, tensors: list[Tensor], norm_type: float) -> None:
@@ -86,7 +96,12 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
             if is_generator and not parameters:
                 return _torch.clip_grad_norm_((p for p in ()), max_norm, norm_type, error_if_nonfinite, foreach)
         grads = _gradients(parameters)
-        norms = _ours(grads, float(norm_type))
+        # An error comes before anything is changed, so a norm that may raise is waited for.
+        if norm_type == 2 and isinstance(max_norm, (int, float)) and not error_if_nonfinite:
+            found = clip_coef(grads, float(max_norm), scales=True)
+            if found is not None:
+                return found[0]
+        norms = _ours(grads, float(norm_type)) if grads and grads[0].device.type == "cpu" else None
         if norms is None:
             if grads:
                 backend.torch_serves("clip_grad_norm_")

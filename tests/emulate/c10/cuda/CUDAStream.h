@@ -23,6 +23,13 @@ struct CUDAStream {
 };
 CUDAStream getCurrentCUDAStream(c10::DeviceIndex = -1);
 
+CUDAStream getStreamFromPool(bool, c10::DeviceIndex);
+// The current one, meanwhile.
+struct CUDAStreamGuard {
+  explicit CUDAStreamGuard(CUDAStream);
+  ~CUDAStreamGuard();
+};
+
 struct CUDAGuard {
   explicit CUDAGuard(c10::Device) {}
   explicit CUDAGuard(c10::DeviceIndex) {}
