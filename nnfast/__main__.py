@@ -10,7 +10,7 @@ import sys
 import torch
 
 import nnfast
-from nnfast import backend
+from nnfast import backend, compiled
 
 OPS = (
     "layer_norm",
@@ -66,6 +66,7 @@ def main() -> int:
     print(f"product {products()}")
     loaded = f"built for torch {backend.native.built_for}" if backend.native else ""
     print(f"native  {'; '.join(filter(None, (loaded, backend.why_not)))}")
+    print(f"compile stay ours: {compiled.summary()}")
     if backend.native:
         live, kept = (size >> 20 for size in backend.native.memory())
         print(f"memory  {live} MB in use by large outputs, {kept} MB kept for the next until nnfast.empty_cache()")

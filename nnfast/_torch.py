@@ -68,8 +68,14 @@ graph_capture_health_check: Callable[[torch.optim.Optimizer], None] = _found(
 
 _dispatch_modes = _found("torch._C", "_len_torch_dispatch_stack", _yes)
 _function_modes = _found("torch._C", "_is_torch_function_mode_enabled", _yes)
-_transform = _found("torch._C._functorch", "peek_interpreter_stack", _yes)
+#: The functorch transform that is at work, or None. Gone: there may be one.
+transforms: Callable = _found("torch._C._functorch", "peek_interpreter_stack", _yes)
 _tracing = _found("torch._C", "_get_tracing_state", _yes)
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode AD is at work. Its name gone: it may be."""
+    return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def plain_eager() -> bool:
@@ -77,11 +83,20 @@ def plain_eager() -> bool:
     return (
         _dispatch_modes() == 0
         and not _function_modes()
-        and _transform() is None
+        and transforms() is None
         and _tracing() is None
-        and getattr(forward_ad, "_current_level", 0) < 0
+        and not forward_mode()
     )
 
+
+def constant_in_a_graph(function: Callable) -> Callable:
+    """What ``torch.compiler.assume_constant_result`` does, which imports the compiler: the tracer calls it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+#: Has the tracer call a function, and not look into it. Gone: torch's public name, which imports the compiler.
+outside_graphs: Callable = _found("torch._compile", "_disable_dynamo", torch.compiler.disable)
 
 #: Whether an op has a kernel at a dispatch key. Gone: it has, so ours in Triton are not put there.
 has_kernel: Callable[[str, str], bool] = _found(

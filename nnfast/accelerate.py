@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from nnfast import compiled, nn, reference
 from nnfast import functional as F
-from nnfast import nn, reference
 
 _TORCHS_F = torch.nn.functional
 
@@ -202,7 +202,7 @@ class Report:
         for title, rows in (("served", self.served), ("left", self.left)):
             width = max((len(name) for name, _ in rows), default=0)
             lines += [f"  {title}: {name or '(the model itself)':{width}}  {what}" for name, what in rows]
-        return "\n".join(lines)
+        return "\n".join([*lines, f"  under torch.compile, stay ours: {compiled.summary()}"])
 
 
 def report(model: torch.nn.Module) -> Report:

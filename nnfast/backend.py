@@ -84,6 +84,8 @@ class _Forced(threading.local):
 
 
 _forced = _Forced()
+#: How many blocks, in any thread, hold to torch's ops: a graph does not see which thread runs it.
+torch_is_held = int(_forced.name == "torch")
 
 
 def available(name: str) -> str:
@@ -157,8 +159,11 @@ def forced() -> str | None:
 
 
 def _force(name: str | None) -> None:
+    global torch_is_held
     if name is not None and (why := available(name)):
         raise RuntimeError(f"nnfast: backend {name!r} was asked for, but {why}")
+    with _lock:
+        torch_is_held += (name == "torch") - (_forced.name == "torch")
     _forced.name = name
     if native is not None:
         _override(name == "triton")
@@ -208,8 +213,8 @@ def empty_cache() -> None:
 
 
 def torch_serves(op: str) -> None:
-    """Called before a call is handed to torch's op: an error where the user forced another backend."""
-    if _forced.name not in (None, "torch"):
+    """Called before a call is handed to torch's op: an error where the user forced another backend, but in a graph."""
+    if not torch.compiler.is_compiling() and _forced.name not in (None, "torch"):
         raise RuntimeError(
             f"nnfast: backend {_forced.name!r} was asked for, and it does not cover this call of {op}: its tensors' "
             "type, dtype, device, layout or shape, or a transform or mode that is active"

@@ -1,7 +1,7 @@
 """The ops as functions: ours where the gate is open, torch's own everywhere else.
 
 Each asks the gate in ``csrc/gate/python.cpp``, which answers with the result, or with None where the call is torch's.
-Under ``torch.compile``, export and scripting the plain torch ops are handed on: the compiler fuses them itself.
+Under ``torch.compile`` it is ``compiled.py`` that answers so. Export and scripting are handed torch's ops.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as _F
 
-from nnfast import portable
+from nnfast import compiled, portable
 from nnfast._torch import register_builtin
 from nnfast.backend import native, torch_serves
 
@@ -111,9 +111,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_if_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``linear``, or None where the call is torch's."""
-    if is_compiling():
-        return None
-    output = _linear(input, weight, bias)
+    output = (compiled.linear if is_compiling() else _linear)(input, weight, bias)
     if output is None:
         torch_serves("linear")
     return output
@@ -140,11 +138,10 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, appro
     if torch.jit.is_scripting():
         return _F.gelu(_F.linear(input, weight, bias), approximate=approximate)
     else:
-        if not is_compiling():
-            output = _linear_gelu(input, weight, bias, approximate)
-            if output is not None:
-                return output
-            torch_serves("linear_gelu")
+        output = (compiled.linear_gelu if is_compiling() else _linear_gelu)(input, weight, bias, approximate)
+        if output is not None:
+            return output
+        torch_serves("linear_gelu")
         return _F.gelu(_F.linear(input, weight, bias), approximate=approximate)
 
 
@@ -183,12 +180,12 @@ def cross_entropy(
     if torch.jit.is_scripting():
         return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     else:
-        if not is_compiling():
-            if size_average is None and reduce is None:
-                output = _cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
-                if output is not None:
-                    return output
-            torch_serves("cross_entropy")
+        if size_average is None and reduce is None:
+            call = compiled.cross_entropy if is_compiling() else _cross_entropy
+            output = call(input, target, weight, ignore_index, reduction, label_smoothing)
+            if output is not None:
+                return output
+        torch_serves("cross_entropy")
         return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
 
 
@@ -225,15 +222,13 @@ def linear_cross_entropy(
     Raises:
         IndexError, RuntimeError: torch's own, for classes out of range, and shapes or dtypes that do not fit.
     """
-    if not is_compiling():
-        if options is None:
-            ignored = -100 if ignore_index is None else ignore_index
-            output = _linear_cross_entropy(
-                input, linear_weight, target, linear_bias, weight, ignored, reduction, label_smoothing
-            )
-            if output is not None:
-                return output
-        torch_serves("linear_cross_entropy")
+    if options is None:
+        ignored = -100 if ignore_index is None else ignore_index
+        call = compiled.linear_cross_entropy if is_compiling() else _linear_cross_entropy
+        output = call(input, linear_weight, target, linear_bias, weight, ignored, reduction, label_smoothing)
+        if output is not None:
+            return output
+    torch_serves("linear_cross_entropy")
     return _torchs_linear_cross_entropy(
         input,
         linear_weight,
@@ -298,12 +293,12 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: torch's own, for shapes or dtypes that do not fit.
     """
-    if not is_compiling() and not dropout_p:
-        output = _attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    if not dropout_p:
+        call = compiled.scaled_dot_product_attention if is_compiling() else _attention
+        output = call(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if output is not None:
             return output
-    if not is_compiling():
-        torch_serves("scaled_dot_product_attention")
+    torch_serves("scaled_dot_product_attention")
     return _F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )

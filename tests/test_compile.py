@@ -1,14 +1,23 @@
-"""torch.compile, export and tracing: the graph has torch's ops in it, whole."""
+"""torch.compile keeps ours in the graph where that gains; export and tracing have torch's ops, whole."""
+
+import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as TF
+from common import served
+from functorch.compile import make_boxed_func
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import nnfast
+import nnfast.__main__
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 import nnfast.optim as optim
+from nnfast import compiled
 
 
 def model():
@@ -37,24 +46,24 @@ def test_dynamic_shapes_compile_once():
     assert counter.frame_count == 1
 
 
-def graphs(m, x):
-    """The ATen graphs, forward and backward, that the compiler is handed for a training step of ``m``."""
+def graphs(f, *args):
+    """The ATen graphs, forward and backward, that the compiler is handed for a training step of ``f``."""
     from torch._dynamo.backends.common import aot_autograd
 
     seen = []
 
     def keep(graph, _):
         seen.append("\n".join(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.graph.nodes))
-        return graph
+        return make_boxed_func(graph.forward)
 
     torch._dynamo.reset()
-    torch.compile(m, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(x).square().sum().backward()
+    torch.compile(f, fullgraph=True, backend=aot_autograd(fw_compiler=keep))(*args).square().sum().backward()
     return seen
 
 
 @pytest.mark.torch_serves("the compiler is handed torch's ops")
 def test_the_compiler_is_handed_torchs_graphs():
-    """Ours under torch.compile is as fast as torch's because it is the same: node for node."""
+    """Where a backend of torch's is asked for: node for node."""
     from test_accelerate import MLP, Block, Function
 
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True)
@@ -62,9 +71,289 @@ def test_the_compiler_is_handed_torchs_graphs():
         torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.GELU(), layer, Block(), Function(), MLP()
     )
     x = torch.randn(5, 3, 8)
-    theirs, ours = graphs(plain, x), graphs(nnfast.accelerate(plain), x)
+    theirs = graphs(plain, x)
+    with nnfast.use_backend("torch"):
+        ours = graphs(nnfast.accelerate(plain), x)
     assert len(theirs) == 2 and "gelu_backward" in theirs[1]
     assert ours == theirs
+
+
+# ---- what stays ours in a graph ----
+
+ROWS, WIDTH, CLASSES = 6, 64, 80
+
+
+def calls(dtype):
+    """op -> (a function of ours, its tensors), for what a graph may keep, at sizes that are worth it."""
+
+    def t(*sizes):
+        return torch.randn(*sizes, dtype=dtype).requires_grad_()
+
+    x, w, b, y = t(ROWS, WIDTH), t(CLASSES, WIDTH), t(CLASSES), torch.randint(CLASSES, (ROWS,))
+    heads = [t(2, 3, ROWS, 8) for _ in range(3)]
+    return {
+        "linear": (F.linear, (x, w, b)),
+        "linear_gelu": (F.linear_gelu, (x, w, b)),
+        "cross_entropy": (F.cross_entropy, (t(ROWS, CLASSES), y)),
+        "linear_cross_entropy": (F.linear_cross_entropy, (x, w, y)),
+        "scaled_dot_product_attention": (F.scaled_dot_product_attention, heads),
+        "layer_norm": (lambda x, w, b: F.layer_norm(x, (WIDTH,), w, b), (x, t(WIDTH), t(WIDTH))),
+        "gelu": (F.gelu, (x,)),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_graph_holds_ours_where_it_gains(dtype):
+    """Forward and backward, and nothing of ours where it would lose what the compiler fuses."""
+    for op, (call, tensors) in calls(dtype).items():
+        forward, backward = graphs(call, *tensors)
+        gains = (op, dtype) in compiled.GAINS
+        assert (f"nnfast.{op}.default" in forward, "nnfast" in forward) == (gains, gains), forward
+        # What is reduced has its gradient in the forward.
+        assert ("nnfast" in backward) == (gains and op != "linear_cross_entropy"), backward
+
+
+@pytest.mark.torch_serves
+def test_report_and_doctor_say_what_stays(capsys):
+    nnfast.__main__.main()
+    for said in (str(nnfast.report(model())), capsys.readouterr().out):
+        assert all(op in said.split("stay ours")[1] for op, _ in compiled.GAINS)
+    with nnfast.use_backend("torch"):
+        assert "stay ours: nothing" in str(nnfast.report(model()))
+
+
+@pytest.mark.torch_serves
+def test_other_dtypes_and_small_products_are_torchs():
+    t = torch.ones
+    for call in (
+        lambda: F.scaled_dot_product_attention(*[t(2, 3, 4, 8, dtype=torch.float16)] * 3),
+        lambda: F.linear(t(ROWS, WIDTH).double(), t(CLASSES, WIDTH).double()),
+        lambda: F.linear(t(ROWS, 8), t(8, 8)),
+    ):
+        assert "nnfast" not in graphs(lambda x, call=call: call() + x, torch.ones((), requires_grad=True))[0]
+
+
+def test_autocast_decides_by_its_dtype():
+    for op, (call, tensors) in calls(torch.float32).items():
+        with torch.autocast("cpu", torch.bfloat16):
+            seen = graphs(call, *tensors)
+        # Logits in float32 come from a conversion, which the compiler takes into what reads them.
+        gains = (op, torch.bfloat16) in compiled.GAINS and op != "cross_entropy"
+        assert ("nnfast" in seen[0]) == gains, (op, seen)
+
+
+class LanguageModel(nn.Module):
+    """A block of a GPT with its head and its loss, just large enough for its products to stay."""
+
+    def __init__(self, checkpointed=False):
+        super().__init__()
+        self.checkpointed = checkpointed
+        self.token, self.norm, self.qkv = nn.Embedding(CLASSES, WIDTH), nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3 * WIDTH)
+        self.mlp = nn.Sequential(nn.LinearGELU(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH), nn.GELU())
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def block(self, x):
+        q, k, v = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in self.qkv(self.norm(x)).chunk(3, -1))
+        x = x + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        return x + self.mlp(x)
+
+    def forward(self, tokens):
+        x = self.token(tokens)
+        if self.checkpointed:
+            x = torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=False)
+        else:
+            x = self.block(x)
+        return F.cross_entropy(self.head(x)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+STAYING = "linear", "linear_gelu", "cross_entropy", "scaled_dot_product_attention"
+
+
+def losses_of_a_run(forward, model, steps=20, dtype=None):
+    torch.manual_seed(0)
+    optimizer = optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(steps):
+        tokens = torch.randint(8, (2 + step % 5, 7))  # a tenth of the classes: that can be learned
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            loss = forward(tokens)
+        loss.backward()
+        optimizer.step()
+        yield loss.item()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_losses_agree_and_nothing_is_compiled_again(dtype, checkpointed):
+    """Over twenty steps, with batches of five sizes."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    model = LanguageModel(checkpointed)
+    eager = copy.deepcopy(model)
+    forward = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with served(*STAYING, "linear_backward", "scaled_dot_product_attention_backward") if dtype is None else served():
+        run = losses_of_a_run(forward, model, dtype=dtype)
+        losses, once = [next(run)], counter.frame_count
+        losses += run
+    assert counter.frame_count == once
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype is None else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(losses, [*losses_of_a_run(eager, eager, dtype=dtype)], **close)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_inductor_keeps_ours_in_every_mode(mode):
+    torch._dynamo.reset()
+    model = LanguageModel()
+    eager = copy.deepcopy(model)
+    forward = torch.compile(model, fullgraph=True, mode=mode)
+    with served(*STAYING, "linear_backward", "cross_entropy_backward"):
+        losses = [*losses_of_a_run(forward, model, steps=2)]
+    torch.testing.assert_close(losses, [*losses_of_a_run(eager, eager, steps=2)], rtol=1e-5, atol=1e-5)
+
+
+def test_accelerated_before_and_after_compiling():
+    for late in (False, True):
+        torch._dynamo.reset()
+        model = torch.nn.Sequential(torch.nn.Linear(WIDTH, CLASSES), torch.nn.GELU(), torch.nn.CrossEntropyLoss())
+        batch = torch.randn(ROWS, WIDTH)
+        stack, loss = model[:2], model[2]
+        forward = torch.compile(stack, fullgraph=True, backend="aot_eager")
+        if late:
+            before = forward(batch)
+            nnfast.accelerate(forward)
+        else:
+            nnfast.accelerate(stack)
+        with served("linear", "linear_backward"):
+            after = forward(batch)
+            loss(after, torch.randint(CLASSES, (ROWS,))).backward()
+        if late:
+            torch.testing.assert_close(after, before)
+        nnfast.restore(stack)
+        with served():
+            count = nnfast.backend.native.paths()["linear"]
+            torch.testing.assert_close(forward(batch), after)
+            assert nnfast.backend.native.paths()["linear"] == count
+
+
+def test_a_graph_follows_the_backend():
+    """One that was made before, too."""
+    call, tensors = calls(torch.float32)["linear"]
+    forward = torch.compile(call, fullgraph=True, backend="aot_eager")
+    expected = forward(*tensors)
+    for backend, taken in (("torch", 0), ("cpu", 1)):
+        count = nnfast.backend.native.paths()["linear"]
+        with nnfast.use_backend(backend):
+            torch.testing.assert_close(forward(*tensors), expected)
+        assert nnfast.backend.native.paths()["linear"] - count == taken
+
+
+@pytest.mark.torch_serves
+def test_transforms_in_a_graph_are_torchs():
+    w = torch.randn(CLASSES, WIDTH)
+
+    def f(x):
+        return F.linear(x, w).square().sum()
+
+    x = torch.randn(ROWS, WIDTH)
+    for transformed in (
+        torch.func.grad(f),
+        torch.func.vmap(f),
+        lambda x: torch.func.jvp(f, (x,), (x,)),
+    ):
+        torch._dynamo.reset()
+        graph = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(graph(x), transformed(x))
+
+
+@pytest.mark.torch_serves
+def test_errors_in_a_graph_are_torchs():
+    t = torch.ones
+    cases = [
+        ("linear", (t(ROWS, WIDTH - 1), t(CLASSES, WIDTH))),
+        ("linear", (t(ROWS, WIDTH), t(CLASSES, WIDTH).double())),
+        ("cross_entropy", (t(ROWS, CLASSES), torch.ones(ROWS + 1, dtype=torch.int64))),
+        ("scaled_dot_product_attention", (t(2, 3, 4, 8), t(2, 3, 4, 9), t(2, 3, 4, 8))),
+    ]
+    for name, tensors in cases:
+        said = []
+        for functional in (F, TF):
+            torch._dynamo.reset()
+            with pytest.raises(Exception) as caught:
+                torch.compile(getattr(functional, name), fullgraph=True, backend="aot_eager")(*tensors)
+            said.append((type(caught.value), str(caught.value).splitlines()[0].split("(")[0]))
+        assert said[0] == said[1]
+
+
+def test_backends_of_attention_that_the_user_forbids():
+    call, tensors = calls(torch.float32)["scaled_dot_product_attention"]
+    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]):
+        assert "nnfast" not in graphs(call, *tensors)[0]
+    torch._dynamo.reset()
+    forward = torch.compile(call, fullgraph=True, backend="aot_eager")
+    expected = forward(*tensors)
+    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]), served("scaled_dot_product_attention"):
+        torch.testing.assert_close(forward(*tensors), expected)  # as torch's, a graph is as it was made
+
+
+@pytest.mark.served_in_children
+def test_the_cache_is_of_one_version(tmp_path):
+    """What was compiled is found by the next process, and not by another version's."""
+    program = """
+import sys, torch, nnfast
+from nnfast import compiled
+from torch._dynamo.utils import counters
+compiled._VERSION = compiled._VERSION.replace(nnfast.__version__, sys.argv[1])
+w = torch.ones(64, 64, requires_grad=True)
+torch.compile(nnfast.nn.functional.linear)(torch.ones(4, 64), w).sum().backward()
+assert nnfast.backend.native.paths()["linear_backward"]
+print(counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
+"""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    said = []
+    for version in ("1", "1", "2"):
+        done = subprocess.run([sys.executable, "-c", program, version], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout.split())
+    first, again, other = said
+    assert again == ["1", "0"] and first == other and first[0] == "0", said
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_compiled_step_is_one_native_call(within):
+    """``torch.compile(optimizer.step)``, and a compiled function that calls it."""
+    results = []
+    for compile in (True, False):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        kinds = optim.AdamW, optim.SGD, optim.Adam
+        optimizers = [kind([torch.randn(5, requires_grad=True)], lr=0.1) for kind in kinds]
+        for optimizer, op in zip(optimizers, ("adamw_", "sgd_", "adamw_"), strict=True):
+            (p,) = optimizer.param_groups[0]["params"]
+            step = (lambda optimizer=optimizer: optimizer.step()) if within else optimizer.step
+            step = torch.compile(step, backend="eager") if compile else step
+            count = nnfast.backend.native.paths()[op]
+            for k in range(4):
+                p.grad = torch.full((5,), float(k))
+                step()
+            assert nnfast.backend.native.paths()[op] - count == 4
+            results.append(p.detach())
+    for ours, eager in zip(results[:3], results[3:], strict=True):
+        assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_names_no_op_of_ours(strict):
+    tokens = torch.randint(CLASSES, (2, 7))
+    model = LanguageModel()
+    program = torch.export.export(model, (tokens,), strict=strict)
+    aten_only(program.run_decompositions().graph)
+    torch.testing.assert_close(program.module()(tokens), model(tokens))
+
+
+# ---- the ops and the optimizers themselves ----
 
 
 @pytest.mark.parametrize(

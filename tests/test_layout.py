@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ["csrc/ops/{}.cpp", "csrc/cpu/{}.cpp", "csrc/cpu/{}.h", "csrc/cuda/{}.cpp", "csrc/cuda/{}.cu"]
 ROOMS += ["kernels/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py"]
 # How many rows of the contract each letter has.
-ROWS = (("L", 11), ("G", 7), ("A", 11), ("C", 2), ("N", 2), ("O", 3), ("S", 2), ("X", 3))
+ROWS = (("L", 11), ("G", 7), ("A", 11), ("C", 2), ("N", 2), ("O", 3), ("S", 2), ("X", 3), ("K", 3))
 
 # On a GPU these ops' calls stay torch's; and these without the CUDA kernels.
 CPU_ONLY = {"attention", "cross_entropy", "linear"}
@@ -92,7 +92,7 @@ def test_no_function_leaks_from_an_instruction_set(kernel_objects):
 def test_every_row_of_the_contract_has_its_tests():
     """The map in README.md is whole, and every test that it names is there."""
     lines = [line for line in (ROOT / "tests/README.md").read_text().splitlines() if line.startswith("| ")]
-    mapped = {row for line in lines for row in re.findall(r"\b[LGACNOSX]\d+\b", line.split("|")[1])}
+    mapped = {row for line in lines for row in re.findall(r"\b[LGACNOSXK]\d+\b", line.split("|")[1])}
     assert mapped == {f"{op}{i}" for op, count in ROWS for i in range(1, count + 1)}
     file = None
     for line in lines:

@@ -175,7 +175,8 @@ PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
                &value = THPVariable_Unpack(args[2]);
   const OptTensor mask = optional_tensor(args[3]);
   if (!open(kAttention, query) || !ordinary(query) || !ordinary(key) || !ordinary(value) || !ordinary(mask) ||
-      !covers_attention(query, key, value, mask, is_causal) || (query.size(1) != key.size(1) && args[6] != Py_True))
+      !covers_attention(query, key, value, mask, is_causal) || !allowed_attention(query, key, value, mask) ||
+      (query.size(1) != key.size(1) && args[6] != Py_True))
     Py_RETURN_NONE;
   Tensor output;
   {

@@ -77,7 +77,10 @@ bool covers_attention(
     for (int64_t d = 1; d <= mask.dim(); ++d)
       if (mask.size(-d) != 1 && mask.size(-d) != sizes[4 - d]) return false;
   }
-  // What the user forbade torch's kernels.
+  return true;
+}
+
+bool allowed_attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask) {
   const auto& context = at::globalContext();
   return context.userEnabledFlashSDP() && (torch_fuses(query, key, value, attn_mask) || context.userEnabledMathSDP());
 }

@@ -244,8 +244,9 @@ struct CrossEntropy {
     const NotRecorded guard;
     if (!grads[0].defined()) return {Tensor()};
     const auto [reduction, ignore_index, label_smoothing] = Options::of(*ctx);
-    // A storage that cannot be resized is memory that somebody else brought, such as numpy.
-    const bool may_overwrite = last && !at::GradMode::is_enabled() && saved[0].is_contiguous() &&
+    // What is being traced has readers that are not known yet. A storage that cannot be resized is memory that somebody
+    // else brought, such as numpy.
+    const bool may_overwrite = last && !at::GradMode::is_enabled() && ordinary(saved[0]) && saved[0].is_contiguous() &&
                                saved[0].storage().resizable() && saved[0].dim() <= 2;
     if (may_overwrite && overwritten(*last, grads[0], saved, reduction, ignore_index, label_smoothing))
       return {saved[0].detach()};

@@ -20,7 +20,8 @@ bool ordinary(const Tensor& t) {
 
 Tensor autocast_to_lower(const Tensor& t, c10::DeviceType device) {
   const auto dtype = at::autocast::get_autocast_dtype(device);
-  const ForTorch memory(t.is_cpu() ? t.numel() * (int64_t)c10::elementSize(dtype) : 0);
+  const bool sized = t.is_cpu() && !t.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  const ForTorch memory(sized ? t.numel() * (int64_t)c10::elementSize(dtype) : 0);
   return at::autocast::cached_cast(dtype, t, device);
 }
 

@@ -92,6 +92,8 @@ std::optional<double> total_weight(
 
 bool covers_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal);
+// Whether the user forbids torch no kernel that would have taken this call.
+bool allowed_attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask);
 // The strides of the output, where it is not contiguous: torch's fused kernel gives it the query's.
 std::optional<std::vector<int64_t>> attention_strides(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask);

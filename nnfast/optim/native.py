@@ -5,7 +5,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from nnfast import backend, portable
-from nnfast._torch import graph_capture_health_check, use_grad_for_differentiable
+from nnfast._torch import graph_capture_health_check, outside_graphs, use_grad_for_differentiable
+from nnfast.compiled import step_is_ours
 
 #: Where the native calls are: the extension, or Triton's kernels without it.
 module = backend.native or portable
@@ -39,10 +40,19 @@ class NativeStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if is_compiling() and step_is_ours(self):
+            self._step_outside_graphs()
+        else:
+            self._step()
+        return loss
+
+    def _step(self) -> None:
         coef = None if self.max_grad_norm is None else self._clip_coef()
         if is_compiling() or self._native_step(coef) is not True:
             self._first_or_torch_step(coef)
-        return loss
+
+    # torch.compile breaks its graph around a step in any case: for torch's own, too.
+    _step_outside_graphs = outside_graphs(_step)
 
     def _native_step(self, coef: Tensor | None, skipped: set[Tensor] | None = None) -> bool | list[list[Tensor]]:
         """True where all but the skipped ones are done. Else nothing is: False where nothing is ours (a shut gate), or
