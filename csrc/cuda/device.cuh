@@ -87,6 +87,24 @@ __device__ void convert(const T (&v)[N], A (&x)[N]) {
   }
 }
 
+// x as it is once it is stored in T. Two numbers are packed by one instruction, one alone by a slow one.
+template <class T, int N>
+__device__ void round_to(float (&x)[N]) {
+  T v[N];
+  if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(x[i], x[i + 1]);
+      v[i] = pair.x;
+      v[i + 1] = pair.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] = T(x[i]);
+  }
+  convert(v, x);
+}
+
 template <int V, class T, class A>
 __device__ void load(const T* p, A (&x)[V]) {
   Raw<T, V> raw;

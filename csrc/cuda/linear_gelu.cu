@@ -37,7 +37,8 @@ template <class T, bool Tanh, int N>
 __device__ void gelu_bwd(const float (&grad)[N], const float (&pre)[N], float (&grad_pre)[N]) {
   // Rounded, as the GEMMs of the backward see it: the bias gradient sums what is stored.
 #pragma unroll
-  for (int j = 0; j < N; ++j) grad_pre[j] = float(T(grad[j] * nnfast::gelu_grad<Tanh, float>(pre[j])));
+  for (int j = 0; j < N; ++j) grad_pre[j] = grad[j] * nnfast::gelu_grad<Tanh, float>(pre[j]);
+  round_to<T>(grad_pre);
 }
 
 template <class T, bool Tanh, int V>
