@@ -22,6 +22,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 MARKS = ("<!-- speeds: written by benchmarks/report.py -->", "<!-- end of speeds -->")
 OPS = {"layer_norm": "LayerNorm", "linear_gelu": "Linear+GELU", "cross_entropy": "Cross-entropy", "adamw": "AdamW"}
+OPS["linear"] = "Linear"
 OPS["optimizers"] = "Other optimizers, and clipping"
 OPS["scaled_dot_product_attention"] = "Attention"
 TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward", "step": "a step"}

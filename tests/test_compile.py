@@ -113,7 +113,7 @@ def test_the_graph_holds_ours_where_it_gains(dtype):
         assert ("nnfast" in backward) == (gains and op != "linear_cross_entropy"), backward
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("nothing is computed")
 def test_report_and_doctor_say_what_stays(capsys):
     nnfast.__main__.main()
     for said in (str(nnfast.report(model())), capsys.readouterr().out):
@@ -122,7 +122,7 @@ def test_report_and_doctor_say_what_stays(capsys):
         assert "stay ours: nothing" in str(nnfast.report(model()))
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("what gains nothing in a graph is torch's")
 def test_other_dtypes_and_small_products_are_torchs():
     t = torch.ones
     for call in (
@@ -250,7 +250,7 @@ def test_a_graph_follows_the_backend():
         assert nnfast.backend.native.paths()["linear"] - count == taken
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("functorch sees torch's ops")
 def test_transforms_in_a_graph_are_torchs():
     w = torch.randn(CLASSES, WIDTH)
 
@@ -268,7 +268,7 @@ def test_transforms_in_a_graph_are_torchs():
         torch.testing.assert_close(graph(x), transformed(x))
 
 
-@pytest.mark.torch_serves
+@pytest.mark.torch_serves("bad input is torch's to refuse")
 def test_errors_in_a_graph_are_torchs():
     t = torch.ones
     cases = [

@@ -12,6 +12,7 @@
 #include "ops/layer_norm.cpp"
 #include "ops/linear.cpp"
 #include "ops/linear_gelu.cpp"
+#include "ops/op.cpp"
 #include "ops/optimizer.cpp"
 #include "ops/rmsprop.cpp"
 #include "ops/sgd.cpp"
