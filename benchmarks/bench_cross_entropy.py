@@ -2,8 +2,8 @@
 
 Forward reads the logits; backward reads them and writes their gradient (a row's numbers are nothing beside it).
 
-linear_cross_entropy, whose shape is (rows, features, classes), is bound by its three products: logits, input's gradient and
-weight's gradient.
+linear_cross_entropy, whose shape is (rows, features, classes), is bound by its three products: the logits, and the
+gradients of input and weight.
 """
 
 import torch

@@ -95,8 +95,8 @@ def constant_in_a_graph(function: Callable) -> Callable:
     return function
 
 
-#: Has the tracer call a function, and not look into it. Gone: torch's public name, which imports the compiler.
-outside_graphs: Callable = _found("torch._compile", "_disable_dynamo", torch.compiler.disable)
+#: Has the tracer call a function, and not look into it. Gone: it looks, and finds a call that it cannot trace.
+outside_graphs: Callable = _found("torch._compile", "_disable_dynamo", lambda function: function)
 
 #: Whether an op has a kernel at a dispatch key. Gone: it has, so ours in Triton are not put there.
 has_kernel: Callable[[str, str], bool] = _found(

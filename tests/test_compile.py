@@ -379,7 +379,6 @@ def test_the_ops_themselves_compile(call):
 
 
 @pytest.mark.parametrize("tensor_lr", [True, False])
-@pytest.mark.torch_serves("the compiler is handed torch's ops")
 def test_compiled_step_does_not_recompile_per_lr(tensor_lr):
     """A9: never for a tensor's value, and for a number no more often than torch's own."""
     from torch._dynamo.testing import CompileCounterWithBackend

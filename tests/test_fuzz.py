@@ -276,6 +276,12 @@ def linear_gelu_case(draw):
             grad_pre, sums = torch.ops.nnfast.gelu_backward_sum(like(g, dtype)(output), pre, approximate=approximate)
             found = torch.ops.nnfast.linear_backward(grad_pre, x, w, [*mask[:2], False])
             check([results[0][0], *found[:2], sums if mask[2] else None], *results[1:], scales)
+            if dtype in (torch.bfloat16, torch.float16):
+                # As under autocast, where a weight's gradient is wanted in float32.
+                wide = torch.ops.nnfast.linear_backward(grad_pre, x, w, mask, dtype=torch.float32)
+                assert all(t is None or t.dtype is torch.float32 for t in wide[1:])
+                wide = [None if t is None else t.to(dtype) for t in wide]
+                check([results[0][0], *wide], *results[1:], scales)
     results = [
         outcome(lambda f=f, ts=ts: f(*ts), ts, grad_mode, like(g, dtype))
         for f, ts in ((F.linear, leaves), (TF.linear, leaves), (TF.linear, true))
