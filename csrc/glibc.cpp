@@ -2,6 +2,13 @@
 // taken as the old one, so that a wheel built on this system runs on older ones. They take and give the same numbers.
 #include <pthread.h>
 
+#include <sstream>
+
+#if defined(__GLIBCXX__) && __cplusplus > 201703L
+// What the C++ library has since GCC 11 is brought along.
+template std::string std::stringbuf::str() const&;
+#endif
+
 #if defined(__x86_64__) && defined(__GLIBC__)
 
 extern "C" {
