@@ -53,6 +53,23 @@ bool unpack_reduction(PyObject* o, int64_t& out) {
   return name == "none" || name == "mean" || name == "sum";
 }
 
+// Whether the op is open to tensors of ours alone; `size` as KnownAnswers takes it.
+template <class... T>
+bool open_to(Op op, int64_t size, const Tensor& first, const T&... others) {
+  return open(op, first, size) && ordinary(first) && (ordinary(others) && ...);
+}
+
+// What call() gives, while other Python threads may run.
+template <class F>
+PyObject* output_of(F call) {
+  Tensor output;
+  {
+    pybind11::gil_scoped_release no_gil;
+    output = call();
+  }
+  return THPVariable_Wrap(std::move(output));
+}
+
 // layer_norm(input, normalized_shape, weight, bias, eps)
 PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -64,15 +81,10 @@ PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   const Tensor& input = THPVariable_Unpack(args[0]);
   const OptTensor weight = optional_tensor(args[2]), bias = optional_tensor(args[3]);
-  if (!open(kLayerNorm, input, c10::multiply_integers(shape)) || !ordinary(input) || !ordinary(weight) ||
-      !ordinary(bias) || !covers_layer_norm(input, shape, weight, bias))
+  if (!open_to(kLayerNorm, c10::multiply_integers(shape), input, weight, bias) ||
+      !covers_layer_norm(input, shape, weight, bias))
     Py_RETURN_NONE;
-  Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    output = std::get<0>(layer_norm(input, c10::fromIntArrayRefSlow(shape), weight, bias, eps));
-  }
-  return THPVariable_Wrap(std::move(output));
+  return output_of([&] { return std::get<0>(layer_norm(input, c10::fromIntArrayRefSlow(shape), weight, bias, eps)); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -83,13 +95,8 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   c10::string_view approximate;
   if (!is_plain(args[0]) || !unpack_string(args[1], approximate)) Py_RETURN_NONE;
   const Tensor& input = THPVariable_Unpack(args[0]);
-  if (!open(kGelu, input) || !ordinary(input) || !covers_gelu(input, approximate)) Py_RETURN_NONE;
-  Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    output = nnfast::gelu(input, approximate);
-  }
-  return THPVariable_Wrap(std::move(output));
+  if (!open_to(kGelu, 1, input) || !covers_gelu(input, approximate)) Py_RETURN_NONE;
+  return output_of([&] { return nnfast::gelu(input, approximate); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -100,15 +107,8 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
-  if (!open(kLinear, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
-      !covers_linear(input, weight, bias))
-    Py_RETURN_NONE;
-  Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    output = nnfast::linear(input, weight, bias);
-  }
-  return THPVariable_Wrap(std::move(output));
+  if (!open_to(kLinear, 1, input, weight, bias) || !covers_linear(input, weight, bias)) Py_RETURN_NONE;
+  return output_of([&] { return nnfast::linear(input, weight, bias); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -121,15 +121,9 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
-  if (!open(kLinearGelu, input) || !ordinary(input) || !ordinary(weight) || !ordinary(bias) ||
-      !covers_linear_gelu(input, weight, bias, approximate))
+  if (!open_to(kLinearGelu, 1, input, weight, bias) || !covers_linear_gelu(input, weight, bias, approximate))
     Py_RETURN_NONE;
-  Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    output = std::get<0>(linear_gelu(input, weight, bias, approximate, /*want_pre=*/false));
-  }
-  return THPVariable_Wrap(std::move(output));
+  return output_of([&] { return std::get<0>(linear_gelu(input, weight, bias, approximate, /*want_pre=*/false)); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -145,15 +139,11 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &target = THPVariable_Unpack(args[1]);
   const OptTensor weight = optional_tensor(args[2]);
-  if (!open(kCrossEntropy, input) || !ordinary(input) || !ordinary(target) || !ordinary(weight) ||
+  if (!open_to(kCrossEntropy, 1, input, target, weight) ||
       !covers_cross_entropy(input, target, weight, ignore_index, label_smoothing))
     Py_RETURN_NONE;
-  Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    output = std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing));
-  }
-  return THPVariable_Wrap(std::move(output));
+  return output_of(
+      [&] { return std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -174,16 +164,11 @@ PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor &query = THPVariable_Unpack(args[0]), &key = THPVariable_Unpack(args[1]),
                &value = THPVariable_Unpack(args[2]);
   const OptTensor mask = optional_tensor(args[3]);
-  if (!open(kAttention, query) || !ordinary(query) || !ordinary(key) || !ordinary(value) || !ordinary(mask) ||
-      !covers_attention(query, key, value, mask, is_causal) || !allowed_attention(query, key, value, mask) ||
-      (query.size(1) != key.size(1) && args[6] != Py_True))
+  if (!open_to(kAttention, 1, query, key, value, mask) || !covers_attention(query, key, value, mask, is_causal) ||
+      !allowed_attention(query, key, value, mask) || (query.size(1) != key.size(1) && args[6] != Py_True))
     Py_RETURN_NONE;
-  Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    output = std::get<0>(scaled_dot_product_attention(query, key, value, mask, is_causal, scale));
-  }
-  return THPVariable_Wrap(std::move(output));
+  return output_of(
+      [&] { return std::get<0>(scaled_dot_product_attention(query, key, value, mask, is_causal, scale)); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -203,17 +188,13 @@ PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t c
   const Tensor &input = THPVariable_Unpack(args[0]), &linear_weight = THPVariable_Unpack(args[1]);
   const Tensor& target = THPVariable_Unpack(args[2]);
   const OptTensor linear_bias = optional_tensor(args[3]), weight = optional_tensor(args[4]);
-  if (!open(kLinearCrossEntropy, input) || !ordinary(input) || !ordinary(linear_weight) || !ordinary(target) ||
-      !ordinary(linear_bias) || !ordinary(weight) ||
+  if (!open_to(kLinearCrossEntropy, 1, input, linear_weight, target, linear_bias, weight) ||
       !covers_linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing))
     Py_RETURN_NONE;
-  Tensor output;
-  {
-    pybind11::gil_scoped_release no_gil;
-    output = std::get<0>(linear_cross_entropy(
+  return output_of([&] {
+    return std::get<0>(linear_cross_entropy(
         input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing));
-  }
-  return THPVariable_Wrap(std::move(output));
+  });
   END_HANDLE_TH_ERRORS
 }
 
