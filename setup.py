@@ -193,7 +193,8 @@ def plan(base: Path, torches: list[Torch]) -> Plan:
             headers += [f"-I{toolkit}/include", *["-DNNFAST_SM90A"] * hopper]
             objects = [todo.compile(room, source, *headers) for source in sources("cuda")]
             libraries += ["-lc10_cuda", runtime]
-            todo.link(f"{name}_cuda_{release}.so", [*objects, ops, cuda_kernels], *libraries, here)
+            whole = "-Wl,--no-undefined"  # what is missing is said here, and not at a user's import
+            todo.link(f"{name}_cuda_{release}.so", [*objects, ops, cuda_kernels], whole, *libraries, here)
     return todo
 
 

@@ -10,6 +10,9 @@
 #include "../math/rmsprop.h"
 #include "../math/sgd.h"
 
+// The library offers these, and nothing else that it defines.
+#pragma GCC visibility push(default)
+
 namespace nnfast::cuda {
 
 enum class DType : uint8_t { f32, bf16, f16 };  // float64 is torch's
@@ -129,3 +132,5 @@ cudaError_t norm(const Norm& a, cudaStream_t stream);
 cudaError_t scale(const StepTable& a, const float* factor, cudaStream_t stream);
 
 }  // namespace nnfast::cuda
+
+#pragma GCC visibility pop
