@@ -1,10 +1,16 @@
 """What every test runs under, and that a test which stands for a row of the contract was served by ours."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.utils.deterministic
 from common import contract
 from hypothesis import HealthCheck, settings
+
+# These load a profile of theirs when they are first imported, of ten cases a test: they shall do it before ours is.
+with contextlib.suppress(ImportError):
+    import torch.testing._internal.common_utils  # noqa: F401
 
 # What test_fuzz.py does in the suite, and in `make fuzz`. The fixture below need not run for each case of a test.
 settings.register_profile(

@@ -604,6 +604,7 @@ def test_every_path_was_taken():
     """By 50 of 20,000 cases, and by one of the suite's."""
     if not native or not native.cpu_kernels() or not cases:
         pytest.skip("nothing of ours was called")
+    assert settings.default.max_examples >= 200
     enough = max(1, settings.default.max_examples * 50 // 20000)
     rare = {name: cases[name] for name in native.paths() if name not in ELSEWHERE and cases[name] < enough}
     assert not rare, rare

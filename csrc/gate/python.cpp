@@ -127,6 +127,12 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// Many rows of just one or two registers of floats: torch's loss takes 0.5 to 0.9 of the time of ours.
+bool torch_counts_sooner(const Tensor& input) {
+  return input.scalar_type() == at::kFloat && input.dim() == 2 && (input.size(1) == 16 || input.size(1) == 32) &&
+         input.size(0) >= 1024 && input.is_cpu() && cpu_kernels()->avx512;
+}
+
 // cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -140,7 +146,7 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor &input = THPVariable_Unpack(args[0]), &target = THPVariable_Unpack(args[1]);
   const OptTensor weight = optional_tensor(args[2]);
   if (!open_to(kCrossEntropy, 1, input, target, weight) ||
-      !covers_cross_entropy(input, target, weight, ignore_index, label_smoothing))
+      !covers_cross_entropy(input, target, weight, ignore_index, label_smoothing) || torch_counts_sooner(input))
     Py_RETURN_NONE;
   return output_of(
       [&] { return std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)); });
