@@ -9,9 +9,15 @@
 
 namespace nnfast::NNFAST_ISA {
 
+#ifndef NNFAST_NO_INLINE
 #define NNFAST_INLINE static inline __attribute__((always_inline))
 #define NNFAST_MEMBER inline __attribute__((always_inline))
 #define NNFAST_LAMBDA __attribute__((always_inline))
+#else  // each branch counts once, and not once in each place that it is inlined into
+#define NNFAST_INLINE [[maybe_unused]] static
+#define NNFAST_MEMBER
+#define NNFAST_LAMBDA
+#endif
 
 // What the arithmetic of a stored type is done in.
 template <class T>
