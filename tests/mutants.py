@@ -80,7 +80,16 @@ def precompile() -> None:
     header.write_text(f"#if __has_include(<torch/library.h>)\n{lines}#endif\n")
     # What is not inlined is compiled sooner; where the header made ready is not taken, it is read.
     os.environ["CFLAGS"] = f"-O1 -march=native -DNNFAST_NO_INLINE -include {header}"
-    flags = ["-std=c++20", "-O1", "-march=native", "-DNDEBUG", "-fPIC", "-fopenmp", "-fno-semantic-interposition", f"-I{include}"]
+    flags = [
+        "-std=c++20",
+        "-O1",
+        "-march=native",
+        "-DNDEBUG",
+        "-fPIC",
+        "-fopenmp",
+        "-fno-semantic-interposition",
+        f"-I{include}",
+    ]
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     run(*compiler, *flags, f"-I{include}/torch/csrc/api/include", "-x", "c++-header", header, "-o", f"{header}.gch")
 
@@ -171,7 +180,7 @@ def mutants(source: Path, folder: Path) -> list[Path]:
 
 
 def may_compile(before: str, after: str) -> bool:
-    """By the look of it: of what universalmutator does to C++, half breaks names, templates or brackets. Also false where
+    """By the look of it: of what universalmutator does to C++, half breaks names, templates or brackets. False where
     only a comment changed."""
     old, new = (re.sub(r" *//.*", "", text).splitlines() for text in (before, after))
     if len(old) != len(new):

@@ -144,9 +144,11 @@ def test_use_backend_torch_is_torch():
 def test_functions_of_the_extension_called_wrongly():
     """By hand, for the package calls them rightly: an error, and no crash."""
     native = backend.native
-    fast = "layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy", "total_norm", "scale_"
-    fast += "scaled_dot_product_attention", "adamw_", "sgd_", "rmsprop_", "clip_coef", "set_threshold", "known_answers"
-    for name in fast:
+    fast = (
+        "layer_norm gelu linear linear_gelu cross_entropy linear_cross_entropy total_norm scale_ adamw_ sgd_ rmsprop_"
+    )
+    fast += " scaled_dot_product_attention clip_coef set_threshold known_answers"
+    for name in fast.split():
         with pytest.raises(TypeError):
             getattr(native, name)()
     for call in (native.fail_allocation, native.hold):
@@ -160,7 +162,10 @@ def test_functions_of_the_extension_called_wrongly():
     # What each leaves to torch.
     x, group = torch.randn(3, 4), {"params": [], "lr": 0.1}
     assert native.layer_norm(None, (4,), None, None, 1e-5) is None
-    assert native.layer_norm(x, (4,), None, None, 10**400) is None and native.layer_norm(x, [4, "4"], None, None, 1) is None
+    assert (
+        native.layer_norm(x, (4,), None, None, 10**400) is None
+        and native.layer_norm(x, [4, "4"], None, None, 1) is None
+    )
     assert native.gelu(x, None) is None and native.linear(x, x, 3) is None
     assert native.linear_gelu(x, x, None, "erf") is None and native.linear_gelu(x, x, None, 1) is None
     assert native.cross_entropy(x, torch.zeros(3, dtype=torch.int64), None, -100, "median", 0.0) is None
