@@ -57,9 +57,10 @@ def _trusted(op: str, t: Tensor, size: int = 1) -> bool:
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, input, shape, weight, bias, eps):
-        output, stats = _layer_norm(input, shape, weight, bias, eps)
-        ctx.save_for_backward(input, stats, weight, bias)
+    def forward(ctx, input, shape, weight, bias, eps, dtype):
+        output, stats = _layer_norm(input, shape, weight, bias, eps, dtype=dtype)
+        # torch would save what autocast made of the input, so the input itself may be changed in place.
+        ctx.save_for_backward(input if dtype in (None, input.dtype) else input.clone(), stats, weight, bias)
         ctx.shape = shape
         return output
 
@@ -71,11 +72,12 @@ class _LayerNorm(torch.autograd.Function):
             dx, dw, db = _layer_norm_backward(grad, input, ctx.shape, stats, weight, bias, mask)
         else:  # ATen's, which is differentiable to any order
             kept = input.dim() - len(ctx.shape)
-            mean, rstd = (s.to(input.dtype).view(*input.shape[:kept], *[1] * len(ctx.shape)) for s in stats)
+            mean, rstd = (s.to(grad.dtype).view(*input.shape[:kept], *[1] * len(ctx.shape)) for s in stats)
             dx, dw, db = torch.ops.aten.native_layer_norm_backward(
-                grad, input, ctx.shape, mean, rstd, weight, bias, mask
+                grad, input.to(grad.dtype), ctx.shape, mean, rstd, weight, bias, mask
             )
-        return dx, None, dw, db, None
+            dx = dx if dx is None else dx.to(input.dtype)
+        return dx, None, dw, db, None, None
 
 
 class _LinearGelu(torch.autograd.Function):
@@ -110,16 +112,16 @@ class _LinearGelu(torch.autograd.Function):
 def layer_norm(input, normalized_shape, weight, bias, eps) -> Tensor | None:
     if not _open(input, weight, bias) or not isinstance(normalized_shape, (tuple, list)) or not normalized_shape:
         return None
-    shape = tuple(normalized_shape)
+    shape, dtype = tuple(normalized_shape), input.dtype
     if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = (None if t is None else t.float() for t in (input, weight, bias))
+        weight, bias, dtype = *(None if t is None else t.float() for t in (weight, bias)), torch.float32
     if input.shape[-len(shape) :] != shape:
         return None
-    if any(t is not None and (t.shape != shape or t.dtype != input.dtype) for t in (weight, bias)):
+    if any(t is not None and (t.shape != shape or t.dtype != dtype) for t in (weight, bias)):
         return None
     if not _trusted("layer_norm", input, math.prod(shape)):
         return None
-    return _LayerNorm.apply(input, shape, weight, bias, eps)
+    return _LayerNorm.apply(input, shape, weight, bias, eps, dtype)
 
 
 def gelu(input, approximate) -> None:

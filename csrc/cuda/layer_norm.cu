@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForw
 #pragma unroll
     for (int e = 0; e < E; ++e) x[e] += b[e];
   }
-  columns.store(static_cast<T*>(f.output) + row * f.size, x);
+  columns.store(static_cast<W*>(f.output) + row * f.size, x);
 }
 
 // body(i, size) for the part of [0, n) that is this thread's, the same at each call: size is V or 1.
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kLongBlock) layer_norm_fwd_long_kernel(LayerNo
 #pragma unroll
       for (int j = 0; j < size(); ++j) v[j] += w[j];
     }
-    store<size()>(static_cast<T*>(f.output) + row * n + i, v);
+    store<size()>(static_cast<W*>(f.output) + row * n + i, v);
   });
 }
 
@@ -167,7 +167,8 @@ __global__ void __launch_bounds__(H::kBlock, kResident<H>)
   constexpr int E = H::kElements;
   const int group = threadIdx.x / H::kThreads, n = static_cast<int>(b.size);
   const Columns<T, H::kThreads, E> columns{static_cast<int>(threadIdx.x % H::kThreads), n, vectors};
-  const auto *grad_out = static_cast<const T*>(b.grad_out), *input = static_cast<const T*>(b.input);
+  const auto* grad_out = static_cast<const W*>(b.grad_out);
+  const auto* input = static_cast<const T*>(b.input);
   float w[E];
   if (b.weight) columns.load(static_cast<const W*>(b.weight), w);
 
@@ -234,7 +235,7 @@ template <class T, class W>
 __global__ void __launch_bounds__(kLongBlock) layer_norm_bwd_long_kernel(LayerNormBackward b, bool vectors) {
   constexpr int V = kVector<T>;
   const int64_t row = blockIdx.x, n = b.size;
-  const T* grad_out = static_cast<const T*>(b.grad_out) + row * b.grad_out_stride;
+  const W* grad_out = static_cast<const W*>(b.grad_out) + row * b.grad_out_stride;
   const T* input = static_cast<const T*>(b.input) + row * b.input_stride;
   const float mean = b.mean[row], rstd = b.rstd[row];
   const auto fetch = [&](int64_t i, auto& grad_xhat, auto& xhat) {
@@ -273,13 +274,13 @@ __global__ void __launch_bounds__(kLongBlock) layer_norm_bwd_long_kernel(LayerNo
 }
 
 // dw and db of long rows.
-template <class T>
+template <class T, class W>
 __global__ void __launch_bounds__(kTileThreads)
     layer_norm_bwd_affine_kernel(LayerNormBackward b, bool vectors, float* parts) {
   sum_tile<T, 2>(
       b.rows, b.size, vectors, parts, [&](int64_t, int64_t row, int64_t first, const auto& columns, auto& s) {
         float g[kVector<T>], x[kVector<T>];
-        columns.load(static_cast<const T*>(b.grad_out) + row * b.grad_out_stride + first, g);
+        columns.load(static_cast<const W*>(b.grad_out) + row * b.grad_out_stride + first, g);
         columns.load(static_cast<const T*>(b.input) + row * b.input_stride + first, x);
         const float mean = b.mean[row], rstd = b.rstd[row];
 #pragma unroll
@@ -292,7 +293,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // ---- launches ----
 
-// body(T{}, W{}): weight has x's type, or is float where x has 16 bits.
+// body(T{}, W{}): x and its gradient, and all the rest, which has x's type or is float where x has 16 bits.
 template <class Body>
 auto visit(DType t, DType w, Body body) {
   return cuda::visit(t, [&](auto e) {
@@ -325,7 +326,7 @@ bool kernels_load() {
 
 cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream) {
   if (!f.rows) return cudaSuccess;
-  return visit(f.dtype, f.weight_dtype, [&](auto t, auto w) {
+  return visit(f.dtype, f.output_dtype, [&](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
     const bool vectors = on_vectors<T>(f.size, f.input_stride) && aligned(f.input) && aligned(f.weight) &&
@@ -370,7 +371,7 @@ int64_t layer_norm_parts(const LayerNormBackward& b) {
 cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaStream_t stream) {
   const int64_t part_count = layer_norm_parts(b);
   const bool affine = b.grad_weight || b.grad_bias;
-  return visit(b.dtype, b.weight_dtype, [&](auto t, auto w) -> cudaError_t {
+  return visit(b.dtype, b.output_dtype, [&](auto t, auto w) -> cudaError_t {
     using T = decltype(t);
     using W = decltype(w);
     const bool vectors = on_vectors<T>(b.size, b.input_stride) && on_vectors<T>(b.size, b.grad_out_stride) &&
@@ -382,7 +383,7 @@ cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaSt
       }
       if (!affine) return cudaSuccess;
       return launch(
-          layer_norm_bwd_affine_kernel<T>, tile_grid<T>(b.rows, b.size), kTileThreads, 0, stream, b, vectors, parts);
+          layer_norm_bwd_affine_kernel<T, W>, tile_grid<T>(b.rows, b.size), kTileThreads, 0, stream, b, vectors, parts);
     };
     cudaError_t error = cudaSuccess;
     if (b.rows && b.size) {
@@ -395,7 +396,7 @@ cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaSt
           by_block);
     }
     if (error != cudaSuccess) return error;
-    return sum_parts(parts, part_count, b.size, b.weight_dtype, b.grad_weight, b.grad_bias, stream);
+    return sum_parts(parts, part_count, b.size, b.output_dtype, b.grad_weight, b.grad_bias, stream);
   });
 }
 
