@@ -270,7 +270,6 @@ def main() -> None:
 
 _lock = threading.Lock()
 _known: dict[tuple, bool] = {}
-_asking = threading.local()
 
 
 def _capturing(device: int) -> bool:
@@ -325,9 +324,7 @@ def _fails(op: str, device: int, dtype: str, size: int) -> str:
     said = []
 
     def ask() -> None:
-        _asking.yes = True
-        if backend.native is not None:
-            backend.native.asking(True)
+        backend.native.asking(True)
         try:
             where = Where("cpu" if device < 0 else f"cuda:{device}", getattr(torch, dtype), size)
             ANSWERS[op](where)
@@ -341,12 +338,3 @@ def _fails(op: str, device: int, dtype: str, size: int) -> str:
     thread.start()
     thread.join()
     return said[0] if said else "no answer"
-
-
-def trusted(op: str, t: torch.Tensor, size: int = 1) -> bool:
-    """The same for ``nnfast.portable``, whose kernels are Triton's."""
-    if getattr(_asking, "yes", False):
-        return True
-    dtype = str(t.dtype).removeprefix("torch.")
-    power = 1 << min(max(size - 1, 0).bit_length(), 17)  # csrc/gate/answers.h
-    return bool(right(op, "triton", t.device.index if t.is_cuda else -1, dtype, power))
