@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor> layer_norm_autograd(
   const bool cast = dtype.value_or(input.scalar_type()) != input.scalar_type();
   record(
       node, std::get<0>(out),
-      {cast ? input.detach().clone() : input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
+      {cast ? input.clone() : input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
   return out;
 }
 
