@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import HALF, assert_close, double, layouts
+from common import HALF, assert_close, double, layouts, served
 from test_adamw import exact, train
 from test_layer_norm import compare as compare_layer_norm
+from test_layer_norm import compare_to_float32
+from test_linear_gelu import AHEAD, compare_mlp, mlp_leaves
 from test_linear_gelu import compare as compare_linear_gelu
 from test_optimizers import CASES as OPTIMIZERS
 from test_optimizers import exact as exact_step
@@ -77,19 +79,18 @@ def row_counts(size):
 @pytest.mark.parametrize("weight", ["same", "float", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm(dtype, weight):
-    """Every way to hold a row, by vectors and by elements, forward and backward."""
+    """Every way to hold a row, by vectors and by elements, forward and backward. With a weight in float, the output
+    is, too."""
     if weight == "float" and dtype is torch.float32:
         return
     for size in row_sizes(dtype):
-        affine = [
-            None if weight == "none" else tensor(size, dtype=torch.float32 if weight == "float" else dtype)
-            for _ in "wb"
-        ]
+        affine = [None if weight == "none" else tensor(size, dtype=dtype) for _ in "wb"]
         for rows in row_counts(size):
             x, g = tensor(rows, size, dtype=dtype), tensor(rows, size, dtype=dtype, grad=False)
             # With both a weight and a bias, and without the bias.
             given = affine if rows > 1 else (affine[0], None)
-            compare_layer_norm((x, (size,), *given, 1e-5), g, f"{rows} x {size}")
+            compare = compare_to_float32 if weight == "float" else compare_layer_norm
+            compare((x, (size,), *given, 1e-5), g, f"{rows} x {size}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -130,6 +131,12 @@ def test_layer_norm_layouts(dtype, size):
     for name, w in layouts(torch.stack([weight, bias]).detach()).items():
         affine = (t.detach().requires_grad_() for t in w)
         compare_layer_norm((x.detach().requires_grad_(), (size,), *affine, 1e-5), g, f"weight {name}")
+    if dtype in HALF:
+        for name, input in layouts(x).items():
+            compare_to_float32((input.detach().requires_grad_(), (size,), weight, bias, 1e-5), g, f"{name} to float32")
+        for name, grad in layouts(g.float()).items():
+            x = x.detach().requires_grad_()
+            compare_to_float32((x, (size,), weight, bias, 1e-5), grad, f"gradient {name} to float32")
 
 
 @pytest.mark.parametrize("size", [1, 60, 700, 9000, 17000])
@@ -222,6 +229,15 @@ def test_linear_gelu(dtype, approximate):
         args = x, weight, bias if has_bias else None, approximate
         grad = tensor(*shape[:-1], out, dtype=dtype, grad=False)
         compare_linear_gelu(args, grad, f"{shape} -> {out}, {approximate}")
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_linear_that_reads_a_gelu(dtype):
+    """Where CUTLASS has no kernel: a product, and the pass over it."""
+    for (shape, hidden), approximate in itertools.product(PRODUCTS, ("none", "tanh")):
+        with served(*AHEAD):
+            leaves = mlp_leaves(dtype, shape, hidden, 12)
+            compare_mlp(leaves, torch.randn(*shape[:-1], 12), f"{shape} -> {hidden}", approximate)
 
 
 def test_linear_gelu_layouts():

@@ -35,6 +35,7 @@ def test_what_is_compiled_for_what():
         "clip_grad.cu": gpu.ARCHS,
         "layer_norm.cu": gpu.ARCHS,
         "linear_gelu.cu": gpu.ARCHS,
+        "linear_gelu_backward_sm90a.cu": ("90a",),
         "linear_gelu_sm90a.cu": ("90a",),
         "rmsprop.cu": gpu.ARCHS,
         "sgd.cu": gpu.ARCHS,

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForw
 #pragma unroll
     for (int e = 0; e < E; ++e) x[e] += b[e];
   }
-  columns.store(static_cast<T*>(f.output) + row * f.size, x);
+  columns.store(static_cast<W*>(f.output) + row * f.size, x);
 }
 
 // body(i, size) for the part of [0, n) that is this thread's, the same at each call: size is V or 1.
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kLongBlock)
 #pragma unroll
       for (int j = 0; j < size(); ++j) v[j] += w[j];
     }
-    store<size()>(static_cast<T*>(f.output) + row * n + i, v);
+    store<size()>(static_cast<W*>(f.output) + row * n + i, v);
   });
 }
 
@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(H::kBlock, kResident<H>) layer_norm_bwd_kernel
   if (Cluster) return;  // the launch asks compiled_for_hopper()
 #endif
   constexpr int E = H::kElements;
-  using G = T;  // the gradient's
+  using G = W;  // the gradient's
   const int group = threadIdx.x / H::kThreads;
   const Columns<T, H::kThreads, E, std::bool_constant<Vectors>> columns{
       static_cast<int>(threadIdx.x % H::kThreads), n, {}};
@@ -293,7 +293,7 @@ template <class T, class W>
 __global__ void __launch_bounds__(kLongBlock) layer_norm_bwd_long_kernel(LayerNormBackward b, bool vectors) {
   constexpr int V = kVector<T>;
   const int64_t row = blockIdx.x, n = b.size;
-  const T* grad_out = static_cast<const T*>(b.grad_out) + row * b.grad_out_stride;
+  const W* grad_out = static_cast<const W*>(b.grad_out) + row * b.grad_out_stride;
   const T* input = static_cast<const T*>(b.input) + row * b.input_stride;
   const float mean = b.mean[row], rstd = b.rstd[row];
   const auto fetch = [&](int64_t i, auto& grad_xhat, auto& xhat) {
@@ -332,13 +332,13 @@ __global__ void __launch_bounds__(kLongBlock) layer_norm_bwd_long_kernel(LayerNo
 }
 
 // dw and db of long rows.
-template <class T>
+template <class T, class W>
 __global__ void __launch_bounds__(kTileThreads)
     layer_norm_bwd_affine_kernel(LayerNormBackward b, bool vectors, float* parts) {
   sum_tile<T, 2>(
       b.rows, b.size, vectors, parts, [&](int64_t, int64_t row, int64_t first, const auto& columns, auto& s) {
         float g[kVector<T>], x[kVector<T>];
-        columns.load(static_cast<const T*>(b.grad_out) + row * b.grad_out_stride + first, g);
+        columns.load(static_cast<const W*>(b.grad_out) + row * b.grad_out_stride + first, g);
         columns.load(static_cast<const T*>(b.input) + row * b.input_stride + first, x);
         const float mean = b.mean[row], rstd = b.rstd[row];
 #pragma unroll
@@ -351,7 +351,7 @@ __global__ void __launch_bounds__(kTileThreads)
 
 // ---- launches ----
 
-// body(T{}, W{}): weight has x's type, or is float where x has 16 bits.
+// body(T{}, W{}): x and its gradient, and all the rest, which has x's type or is float where x has 16 bits.
 template <class Body>
 auto visit(DType t, DType w, Body body) {
   return cuda::visit(t, [&](auto e) {
@@ -415,7 +415,9 @@ int resident_clusters(int blocks, size_t shared) {
 template <class T, class W, bool Vectors>
 Plan plan(const LayerNormBackward& b) {
   // One row on its way, of the gradient and of x.
-  const auto shared = [](auto h) { return Vectors ? 2 * decltype(h)::kSize * decltype(h)::kRows * sizeof(T) : 0; };
+  const auto shared = [](auto h) {
+    return Vectors ? decltype(h)::kSize * decltype(h)::kRows * (sizeof(W) + sizeof(T)) : 0;
+  };
   return with_held(
       b.size, HeldBackward{},
       [&](auto h) -> Plan {
@@ -438,7 +440,7 @@ Plan plan(const LayerNormBackward& b) {
 }
 
 Plan plan(const LayerNormBackward& b) {
-  return visit(b.dtype, b.weight_dtype, [&](auto t, auto w) {
+  return visit(b.dtype, b.output_dtype, [&](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
     return on_vectors<T>(b) ? plan<T, W, true>(b) : plan<T, W, false>(b);
@@ -456,7 +458,7 @@ bool kernels_load() {
 
 cudaError_t layer_norm(const LayerNormForward& f, cudaStream_t stream) {
   if (!f.rows) return cudaSuccess;
-  return visit(f.dtype, f.weight_dtype, [&](auto t, auto w) {
+  return visit(f.dtype, f.output_dtype, [&](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
     const bool vectors = on_vectors<T>(f.size, f.input_stride) && aligned(f.input) && aligned(f.weight) &&
@@ -491,7 +493,7 @@ int64_t layer_norm_parts(const LayerNormBackward& b) { return b.rows ? plan(b).p
 cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaStream_t stream) {
   const Plan p = b.rows && b.size ? plan(b) : Plan{};
   const auto launch_long = [&] {
-    return visit(b.dtype, b.weight_dtype, [&](auto t, auto w) {
+    return visit(b.dtype, b.output_dtype, [&](auto t, auto w) {
       using T = decltype(t);
       using W = decltype(w);
       const bool vectors = on_vectors<T>(b);
@@ -501,7 +503,7 @@ cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaSt
       }
       if (!b.grad_weight && !b.grad_bias) return cudaSuccess;
       const dim3 grid(tile_grid<T>(b.rows, b.size).x, p.parts);
-      return launch(layer_norm_bwd_affine_kernel<T>, grid, kTileThreads, 0, stream, b, vectors, parts);
+      return launch(layer_norm_bwd_affine_kernel<T, W>, grid, kTileThreads, 0, stream, b, vectors, parts);
     });
   };
   if (p.kernel) {
@@ -516,7 +518,7 @@ cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaSt
   } else if (b.rows && b.size) {
     if (const auto e = launch_long()) return e;
   }
-  return sum_parts(parts, p.parts, b.size, b.weight_dtype, b.grad_weight, b.grad_bias, stream);
+  return sum_parts(parts, p.parts, b.size, b.output_dtype, b.grad_weight, b.grad_bias, stream);
 }
 
 }  // namespace nnfast::cuda

@@ -100,6 +100,16 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// On a GPU a Linear's products are torch's in any case; recorded by us, its backward does that of a GELU that it reads,
+// in 16 bits.
+bool gains(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  if (input.is_cpu() || held) return true;
+  const auto device = input.device().type();
+  const bool cast = at::autocast::is_autocast_enabled(device);
+  return any_needs_grad(input, weight, bias) &&
+         at::isReducedFloatingType(cast ? at::autocast::get_autocast_dtype(device) : input.scalar_type());
+}
+
 // linear(input, weight, bias)
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -107,7 +117,8 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
-  if (!open_to(kLinear, 1, input, weight, bias) || !covers_linear(input, weight, bias)) Py_RETURN_NONE;
+  if (!gains(input, weight, bias) || !open_to(kLinear, 1, input, weight, bias) || !covers_linear(input, weight, bias))
+    Py_RETURN_NONE;
   return output_of([&] { return nnfast::linear(input, weight, bias); });
   END_HANDLE_TH_ERRORS
 }
@@ -349,6 +360,13 @@ PyObject* py_hold(PyObject*, PyObject* name) {
   Py_RETURN_NONE;
 }
 
+// ops() -> those that pass the gate
+PyObject* py_ops(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  return py::cast(std::vector<std::string>(kOps.begin(), kOps.end())).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
 // cuda_kernels() -> the ops that C++ serves on a GPU
 PyObject* py_cuda_kernels(PyObject*, PyObject*) {
   HANDLE_TH_ERRORS
@@ -460,6 +478,7 @@ PyMethodDef methods[] = {
     {"paths", py_paths, METH_NOARGS, nullptr},
     {"thresholds", py_thresholds, METH_NOARGS, nullptr},
     {"cpu_kernels", py_cpu_kernels, METH_NOARGS, nullptr},
+    {"ops", py_ops, METH_NOARGS, nullptr},
     {"cuda_kernels", py_cuda_kernels, METH_NOARGS, nullptr},
     {"triton_kernels", py_triton_kernels, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -474,7 +493,9 @@ PyMODINIT_FUNC NNFAST_INIT() {
   using namespace nnfast;
   auto& dispatcher = c10::Dispatcher::singleton();
   for (size_t op = 0; op < kOps.size(); ++op) {
-    const auto handle = dispatcher.findSchemaOrThrow((std::string("nnfast::") + kOps[op]).c_str(), "");
+    // Of a Linear there is a kernel of ours where there is one of its backward.
+    const auto name = std::string("nnfast::") + (op == kLinear ? "gelu_linear_backward" : kOps[op]);
+    const auto handle = dispatcher.findSchemaOrThrow(name.c_str(), "");
     const bool there = handle.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
     on_gpu[op] = in_cpp[op] = there ? Backend::cuda : Backend::torch;
   }
