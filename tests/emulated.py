@@ -60,7 +60,8 @@ def tensor(*shape, dtype=torch.float32, grad=True, mean=0.0):
     return (torch.randn(shape, dtype=torch.float64) + mean).to(dtype).requires_grad_(grad)
 
 
-# What a row fills: HeldForward and HeldBackward of layer_norm.cu. Longer rows are a cluster's in the backward. Around each: full, one over and under, and, for a
+# What a row fills: HeldForward and HeldBackward of layer_norm.cu. Longer rows are a cluster's in the
+# backward. Around each: full, one over and under, and, for a
 # vector of 16 bytes, one of those less.
 HELD = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 

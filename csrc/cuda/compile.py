@@ -175,7 +175,8 @@ def instruction_counts(sass: str) -> dict[str, dict[str, int]]:
 
 def longest_loop(sass: str) -> int:
     """The instructions of the longest stretch that a jump goes back over."""
-    at = [int(address, 16) for address in re.findall(INSTRUCTIONS["instructions"].replace("[0-9a-f]{4,}", "([0-9a-f]{4,})"), sass)]
+    instruction = INSTRUCTIONS["instructions"].replace("[0-9a-f]{4,}", "([0-9a-f]{4,})")
+    at = [int(address, 16) for address in re.findall(instruction, sass)]
     jumps = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?\w+ +)?BRA\b[^;]*\b0x([0-9a-f]+)", sass)
     spans = [(int(to, 16), int(source, 16)) for source, to in jumps]
     return max((sum(first <= a <= last for a in at) for first, last in spans if first < last), default=0)
