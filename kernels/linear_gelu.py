@@ -26,6 +26,9 @@ TILES_TMA = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (
 TILES = ((128, 128, 32, 4, 4), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
 TILES_ODD = ((64, 64, 32, 4, 4),)  # rows that are no multiples of 16 bytes
 TILES_HIP = ((128, 128, 32, 4, 2), (128, 64, 32, 4, 2), (64, 64, 32, 4, 2))
+#: The same for the product that ends in a backward, which holds more.
+TILES_TMA_BACKWARD = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4))
+TILES_BACKWARD = ((128, 128, 64, 8, 3), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
 #: Rows of tiles that share columns of the weight while they are in the cache.
 GROUP = 8
 #: The backward's pass: rows and columns of a tile, its warps, and programs on a multiprocessor.
@@ -302,12 +305,12 @@ def _fuses(dtype: torch.dtype) -> bool:
     return dtype in HALF and (target.backend == "hip" or target.arch >= 80)
 
 
-def _tiles(even: bool) -> tuple[tuple, bool]:
+def _tiles(even: bool, with_tma: tuple, without: tuple) -> tuple[tuple, bool]:
     """The tiles to try, and whether they come and go by TMA; ``even``: every row lies on 16 bytes."""
     target = driver.active.get_current_target()
     nvidia = target.backend == "cuda"
     tma = even and nvidia and target.arch >= 90
-    return TILES_ODD if not even else TILES_HIP if not nvidia else TILES_TMA if tma else TILES, tma
+    return TILES_ODD if not even else TILES_HIP if not nvidia else with_tma if tma else without, tma
 
 
 def _tile_for(launch, tiles: tuple, x: Tensor, weight: Tensor, *rest) -> tuple:
@@ -342,7 +345,7 @@ def linear_gelu_triton(
         output, pre = (input.new_empty((*input.shape[:-1], weight.shape[0])) for _ in range(2))
         x, weight = rows_of(input, input.shape[-1]), rows_of(weight, weight.shape[1])
         matrices = x, weight, output.view(len(x), -1), pre.view(len(x), -1)
-        tiles, tma = _tiles(_by_16_bytes(*matrices))
+        tiles, tma = _tiles(_by_16_bytes(*matrices), TILES_TMA, TILES)
         args = *matrices[:2], None if bias is None else bias.contiguous(), *matrices[2:], approximate == "tanh", tma
         _launch(_tile_for(_launch, tiles, *args), *args)
     return output, pre
@@ -366,7 +369,7 @@ def gelu_linear_backward_triton(
         g, pre = rows_of(grad_out, depth), input.contiguous().view(-1, cols)
         grad, grad_input = (input.new_empty(input.shape) for _ in range(2))
         matrices = g, matrix, pre, grad.view(-1, cols), grad_input.view(-1, cols)
-        tiles, tma = _tiles(_by_16_bytes(*matrices))
+        tiles, tma = _tiles(_by_16_bytes(*matrices), TILES_TMA_BACKWARD, TILES_BACKWARD)
         parts = input.new_empty((1, triton.cdiv(len(g), min(tile[0] for tile in tiles)), cols), dtype=torch.float32)
         args = *matrices, parts, by_columns, approximate == "tanh", tma
         tile = _tile_for(_launch_backward, tiles, *args)

@@ -601,6 +601,9 @@ def test_a_gradient_worked_ahead_is_only_ever_a_saving():
         h.grad_fn.register_hook(lambda inputs, outputs: (inputs[0] * 3,))
         return h
 
+    def in_place(grad):
+        grad.mul_(2)
+
     def in_data(grad):
         grad.data.mul_(2)
 
@@ -608,7 +611,7 @@ def test_a_gradient_worked_ahead_is_only_ever_a_saving():
         "nothing": lambda h: h,
         "kept": keeps,
         "a hook": hooked(lambda g: g * 2),
-        "a hook in place": hooked(lambda g: g.mul_(2) and None),
+        "a hook in place": hooked(in_place),
         "a hook behind autograd's back": hooked(in_data),
         "a hook that looks": hooked(lambda g: seen.append(g)),
         "a prehook of the node": node_hooked,
@@ -686,7 +689,7 @@ def test_a_gradient_worked_ahead_again_and_twice():
     torch.testing.assert_close(*second, rtol=0.1, atol=1.0)
 
 
-@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.torch_serves("on a CPU it is torch's ops")
 def test_gelu_linear_backward_checks_what_it_reads():
     g, weight, pre = torch.randn(2, 3, 4), torch.randn(4, 5), torch.randn(2, 3, 5)
     op = torch.ops.nnfast.gelu_linear_backward

@@ -74,10 +74,10 @@ const char* linear_gelu(const LinearGelu& f, void* workspace, cudaStream_t strea
 // gelu'(pre), and the sum of grad_pre over the rows.
 struct GeluLinearBackward {
   DType dtype;
-  bool tanh, by_columns;                     // the weight lies as (in, out)
-  int64_t rows, in, out;                     // in: of the Linear, the GELU's
-  const void *grad_out, *weight, *pre;       // (rows, out), (out, in), (rows, in)
-  void *grad, *grad_pre, *grad_bias;         // (rows, in) twice, (in)
+  bool tanh, by_columns;                // the weight lies as (in, out)
+  int64_t rows, in, out;                // in: of the Linear, the GELU's
+  const void *grad_out, *weight, *pre;  // (rows, out), (out, in), (rows, in)
+  void *grad, *grad_pre, *grad_bias;    // (rows, in) twice, (in)
   int device;
 };
 // `parts` holds rows of `width` numbers, and so does grad_bias.

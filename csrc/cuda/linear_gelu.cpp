@@ -78,9 +78,7 @@ Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = s
 }
 
 #ifdef NNFAST_SM90A
-bool by_rows(const Tensor& t) {
-  return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-}
+bool by_rows(const Tensor& t) { return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
 // Whether this is a GPU, and a product of sizes, for CUTLASS's kernels; x is one of its operands.
 bool for_sm90a(const Tensor& x, int64_t rows, int64_t in, int64_t out) {

@@ -1,6 +1,6 @@
-// The backward of a Linear that reads a GELU, on Hopper: one CUTLASS kernel, warp-specialised, TMA in and out, pingpong:
-// the epilogue of one tile under the products of the next. It ends the product for the GELU's gradient with the GELU's
-// own backward, of the value that is stored, and with the sums over a tile's rows.
+// The backward of a Linear that reads a GELU, on Hopper: one CUTLASS kernel, warp-specialised, TMA in and out,
+// pingpong: the epilogue of one tile under the products of the next. It ends the product for the GELU's gradient with
+// the GELU's own backward, of the value that is stored, and with the sums over a tile's rows.
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
@@ -22,11 +22,9 @@ using cute::_2;
 using cute::_64;
 using cute::Shape;
 
-// The tiles to choose from, and where the choice changes; a measurement should settle both. Two blocks of a cluster
-// share their tiles of the weight.
-using Medium = Shape<_128, _128, _64>;
-using Small = Shape<_64, _128, _64>;
-constexpr int64_t kMediumTiles = 1;  // medium tiles for each multiprocessor
+// A measurement should settle both. Two blocks of a cluster share their tiles of the weight.
+using Tile = Shape<_128, _128, _64>;
+using Cluster = Shape<_2, _1, _1>;
 
 // dGELU of a product that is stored in T, as it will be stored in T.
 template <class T, bool Tanh>
@@ -50,7 +48,6 @@ struct Derivative {
 
 // A node of the epilogue that lets values through and sums them over the rows that a warp has of a tile. Each warp of
 // each tile writes a row of `parts`, which has `width` columns, a multiple of the tile's.
-template <class Tile>
 struct ColumnSums {
   static constexpr int kWarps = 4;  // of the warpgroup that has a tile, one below the other
 
@@ -131,8 +128,7 @@ struct ColumnSums {
     const int64_t row = int64_t(m) * kWarps + args.thread_idx / 32;
     float* const p = params.parts + row * params.width + int64_t(n) * cute::size<1>(Tile{});
     const auto tile = cute::make_tensor(
-        cute::make_gmem_ptr(p),
-        cute::make_layout(cute::take<0, 2>(Tile{}), cute::make_stride(cute::_0{}, cute::_1{})));
+        cute::make_gmem_ptr(p), cute::make_layout(cute::take<0, 2>(Tile{}), cute::make_stride(cute::_0{}, cute::_1{})));
     auto part = cutlass::epilogue::fusion::sm90_partition_for_epilogue<ReferenceSrc>(
         tile, args.epi_tile, args.tiled_copy, args.thread_idx);
     auto sums = cute::make_tensor_like<float>(part);
@@ -145,7 +141,7 @@ struct ColumnSums {
   Params params;
 };
 
-template <class T, bool Tanh, bool ByColumns, class Tile, class Cluster>
+template <class T, bool Tanh, bool ByColumns>
 struct Kernel {
   using Row = cutlass::layout::RowMajor;
   using Weight = std::conditional_t<ByColumns, cutlass::layout::ColumnMajor, Row>;
@@ -156,7 +152,8 @@ struct Kernel {
   static constexpr int kRows = cute::size<0>(Tile{}), kColumns = cute::size<1>(Tile{});
   static constexpr auto kRound = cutlass::FloatRoundStyle::round_to_nearest;
 
-  using Descriptor = cutlass::epilogue::collective::detail::EpilogueDescriptor<Tile, EpilogueTile, T, T, EpilogueSchedule>;
+  using Descriptor =
+      cutlass::epilogue::collective::detail::EpilogueDescriptor<Tile, EpilogueTile, T, T, EpilogueSchedule>;
   using Stored = cutlass::epilogue::collective::detail::AuxStoreDescriptor<Descriptor, Row, T>;
   using Product = cutlass::epilogue::fusion::Sm90EVT<
       cutlass::epilogue::fusion::Sm90AuxStore<
@@ -167,7 +164,7 @@ struct Kernel {
       cutlass::epilogue::fusion::Sm90Compute<Derivative<T, Tanh>::template Fn, float, float, kRound>, Product,
       cutlass::epilogue::fusion::Sm90SrcFetch<T>>;
   // Beyond the last row everything is 0.
-  using Summed = cutlass::epilogue::fusion::Sm90EVT<ColumnSums<Tile>, Grad>;
+  using Summed = cutlass::epilogue::fusion::Sm90EVT<ColumnSums, Grad>;
   using Result = cutlass::epilogue::fusion::Sm90EVT<
       cutlass::epilogue::fusion::Sm90Compute<cutlass::epilogue::thread::Identity, T, float, kRound>, Summed>;
 
@@ -182,7 +179,7 @@ struct Kernel {
       Shape<int, int, int, int>, Mainloop, Epilogue, cutlass::gemm::PersistentScheduler>>;
 
   static int64_t padded(int64_t columns) { return (columns + kColumns - 1) / kColumns * kColumns; }
-  static int64_t parts(int64_t rows) { return (rows + kRows - 1) / kRows * ColumnSums<Tile>::kWarps; }
+  static int64_t parts(int64_t rows) { return (rows + kRows - 1) / kRows * ColumnSums::kWarps; }
 
   static typename Gemm::Arguments arguments(const GeluLinearBackward& b, float* parts, int multiprocessors) {
     const int m = static_cast<int>(b.rows), n = static_cast<int>(b.in), k = static_cast<int>(b.out);
@@ -210,20 +207,13 @@ int multiprocessors(int device) {
 }
 
 // body(kernel, multiprocessors) with the Kernel that serves b.
-template <class T, bool Tanh, bool ByColumns, class Body>
-auto with_tile(const GeluLinearBackward& b, Body body) {
-  const int count = multiprocessors(b.device);
-  if ((b.rows + 127) / 128 * ((b.in + 127) / 128) >= kMediumTiles * count)
-    return body(Kernel<T, Tanh, ByColumns, Medium, Shape<_2, _1, _1>>{}, count);
-  return body(Kernel<T, Tanh, ByColumns, Small, Shape<_1, _1, _1>>{}, count);
-}
-
 template <class Body>
 auto with_kernel(const GeluLinearBackward& b, Body body) {
+  const int count = multiprocessors(b.device);
   const auto with_type = [&](auto t) {
     using T = decltype(t);
-    if (b.tanh) return b.by_columns ? with_tile<T, true, true>(b, body) : with_tile<T, true, false>(b, body);
-    return b.by_columns ? with_tile<T, false, true>(b, body) : with_tile<T, false, false>(b, body);
+    if (b.tanh) return b.by_columns ? body(Kernel<T, true, true>{}, count) : body(Kernel<T, true, false>{}, count);
+    return b.by_columns ? body(Kernel<T, false, true>{}, count) : body(Kernel<T, false, false>{}, count);
   };
   return b.dtype == DType::bf16 ? with_type(cutlass::bfloat16_t{}) : with_type(cutlass::half_t{});
 }

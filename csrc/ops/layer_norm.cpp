@@ -14,8 +14,8 @@ namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   // stats: (2, rows), the mean and the reciprocal standard deviation of each row, in float (double for float64 input).
-  // dtype: of the output; float is possible beside a 16-bit input, as autocast wants it. The gradient that comes in then
-  // has that dtype, and the input's own is rounded to the input's once.
+  // dtype: of the output; float is possible beside a 16-bit input, as autocast wants it. The gradient that comes in
+  // then has that dtype, and the input's own is rounded to the input's once.
   m.def(
       "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, *,"
       " ScalarType? dtype=None)"
@@ -161,7 +161,7 @@ std::tuple<Tensor, Tensor> layer_norm_autograd(
   const bool cast = dtype.value_or(input.scalar_type()) != input.scalar_type();
   record(
       node, std::get<0>(out),
-      {cast ? input.detach().clone() : input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
+      {cast ? input.clone() : input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
   return out;
 }
 

@@ -228,9 +228,7 @@ void record_linear(
   const auto node = make_node<Linear, LinearNode>(input, weight, bias);
   node->works_ahead = works_ahead;
   // Each is kept for the other's gradient alone.
-  record(
-      node, output,
-      {needs_grad(weight) ? input : Tensor(), needs_grad(input) ? multiplied : Tensor()});
+  record(node, output, {needs_grad(weight) ? input : Tensor(), needs_grad(input) ? multiplied : Tensor()});
 }
 
 TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) {

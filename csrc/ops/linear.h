@@ -58,10 +58,10 @@ class Ahead {
   std::optional<Left> left_;
 };
 
-// Whether what `from` leaves at `to`, to which its gradient of input 0 goes, is seen by nobody else on the way, and used
-// where it was made.
+// Whether what `from` leaves at `to`, to which its gradient of input 0 goes, is seen by nobody else on the way, and
+// used where it was made.
 inline bool hands_on(torch::autograd::Node& from, torch::autograd::Node& to) {
-  return from.post_hooks().empty() && from.stream() == to.stream();
+  return from.post_hooks().empty() && from.input_metadata(0).stream() == to.input_metadata(0).stream();
 }
 
 class LinearNode : public OpNode<Linear> {
