@@ -205,8 +205,10 @@ IN_DOUBLE = {"adamw_kernel", "sgd_kernel", "rmsprop_kernel", "norm_kernel"}
 
 def by_elements(mangled: str) -> bool:
     """Whether an instance is for rows that do not lie on 16 bytes."""
-    return "layer_norm_fwd_kernel" in mangled and "EELb0ELb0EE" in mangled or bool(
-        re.search(r"layer_norm_bwd_kernel\w*EELb0ELb[01]EE", mangled)
+    return (
+        "layer_norm_fwd_kernel" in mangled
+        and "EELb0ELb0EE" in mangled
+        or bool(re.search(r"layer_norm_bwd_kernel\w*EELb0ELb[01]EE", mangled))
     )
 
 
@@ -335,9 +337,7 @@ def main() -> int:
         way = "forward" if "fwd" in name else "backward"
         held = "x".join(re.search(r"HeldILi(\d+)ELi(\d+)", name).groups())
         held += " by each block of a cluster" if "bwd" in name and "ELb1ELb1E" in name else ""
-        console.print(
-            f"LayerNorm {way}, bf16, {held} a row: {issue:.0f} clocks to issue, {memory:.0f} for its bytes"
-        )
+        console.print(f"LayerNorm {way}, bf16, {held} a row: {issue:.0f} clocks to issue, {memory:.0f} for its bytes")
     console.print(table, f"{time.perf_counter() - start:.0f} s")
     for failure in failures:
         console.print(failure, style="red", markup=False, soft_wrap=True)

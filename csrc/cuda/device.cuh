@@ -42,8 +42,8 @@ auto visit(DType t, Body body) {
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// How a kernel is launched. Blocks of a cluster: they run at the same time and see each other's shared memory. Overlaps:
-// it may start before the kernel before it has ended, and waits for that one by after_the_kernel_before().
+// How a kernel is launched. Blocks of a cluster: they run at the same time and see each other's shared memory.
+// Overlaps: it may start before the kernel before it has ended, and waits for that one by after_the_kernel_before().
 struct Launch {
   dim3 grid;
   int block;

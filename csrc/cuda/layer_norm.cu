@@ -405,8 +405,8 @@ int resident_clusters(int blocks, size_t shared) {
     if (!compiled_for_hopper(kernel)) return 0;
     const LaunchConfig config({dim3(blocks), H::kBlock, shared, nullptr, blocks});
     int count = 0;
-    const bool runs =
-        allow_shared(kernel, shared) == cudaSuccess && cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess;
+    const bool runs = allow_shared(kernel, shared) == cudaSuccess &&
+                      cudaOccupancyMaxActiveClusters(&count, kernel, &config) == cudaSuccess;
     if (!runs) cudaGetLastError();  // it is no error of a later call
     return runs ? count : 0;
   });
@@ -433,8 +433,9 @@ Plan plan(const LayerNormBackward& b) {
         while (int64_t(blocks) * H::kSize < b.size) blocks *= 2;
         if (blocks <= kMostBlocks)
           if (const int64_t resident = resident_clusters<T, W, H, Vectors>(blocks, shared(H{})))
-            return {layer_norm_bwd_kernel<T, W, H, Vectors, true>, H::kBlock, blocks, shared(H{}),
-                    std::min(b.rows, resident)};
+            return {
+                layer_norm_bwd_kernel<T, W, H, Vectors, true>, H::kBlock, blocks, shared(H{}),
+                std::min(b.rows, resident)};
         return {nullptr, 0, 1, 0, tile_parts(b.rows)};
       });
 }

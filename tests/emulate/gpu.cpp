@@ -392,7 +392,8 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
   if (!grid.x || !grid.y || grid.x > 0x7fffffffu || grid.y > 65535 || block.y != 1 || block.z != 1 ||
       block.x > kMostThreads)
     return cudaErrorInvalidConfiguration;
-  if (cluster > kMostBlocks || grid.x % cluster || (cluster > 1 && !clusters_launch)) return cudaErrorInvalidClusterSize;
+  if (cluster > kMostBlocks || grid.x % cluster || (cluster > 1 && !clusters_launch))
+    return cudaErrorInvalidClusterSize;
   if ((cluster > 1 || overlaps) && ptx_version < 90) die("what a Hopper GPU can, in code for an older one");
   if (config.dynamicSmemBytes > nnfast::cuda::kDynamic) return cudaErrorInvalidValue;
   count = static_cast<int>(block.x);

@@ -45,8 +45,8 @@ struct Copy {
   const uint4* from = nullptr;
   bool operator==(const Copy&) const = default;
 };
-std::deque<Copy>& copies();      // the running thread's
-void wait_for_kernel_before();   // and it has
+std::deque<Copy>& copies();     // the running thread's
+void wait_for_kernel_before();  // and it has
 
 template <class T>
 T shuffle_xor(unsigned mask, T value, int offset, const char* file, int line) {
@@ -79,8 +79,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, void (*)(P
   return *count = 4, cudaSuccess;
 }
 template <class... Params>
-cudaError_t cudaOccupancyMaxActiveClusters(
-    int* count, void (*kernel)(Params...), const cudaLaunchConfig_t* config) {
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, void (*kernel)(Params...), const cudaLaunchConfig_t* config) {
   return cudaOccupancyMaxActiveClusters(count, reinterpret_cast<const void*>(kernel), config);
 }
 template <class... Params>
