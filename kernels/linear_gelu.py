@@ -229,8 +229,12 @@ def gelu_linear_bwd_kernel(
                 b = _part(weight, start, col, depth, cols, weight_stride, DEPTH, COLS, TMA)
             product = tl.dot(a, b, product)
         left, right = _halves(product)
-        _finish_backward(left, pre, grad, grad_pre, parts, down, col, rows, cols, TANH, TMA)
-        _finish_backward(right, pre, grad, grad_pre, parts, down, col + COLS // 2, rows, cols, TANH, TMA)
+        a, b = _halves(left)
+        c, d = _halves(right)
+        _finish_backward(a, pre, grad, grad_pre, parts, down, col, rows, cols, TANH, TMA)
+        _finish_backward(b, pre, grad, grad_pre, parts, down, col + COLS // 4, rows, cols, TANH, TMA)
+        _finish_backward(c, pre, grad, grad_pre, parts, down, col + COLS // 2, rows, cols, TANH, TMA)
+        _finish_backward(d, pre, grad, grad_pre, parts, down, col + COLS // 4 * 3, rows, cols, TANH, TMA)
 
 
 @triton.jit
@@ -290,9 +294,9 @@ def _launch(tile, x, weight, bias, out, pre, tanh, tma) -> None:
 
 def _launch_backward(tile, grad_out, weight, pre, grad, grad_pre, parts, by_columns, tanh, tma) -> None:
     rows, cols, depth, *_ = tile
-    half = rows, cols // 2
+    part = rows, cols // 4
     matrices = (grad_out, rows, depth), (weight, *((cols, depth) if by_columns else (depth, cols)))
-    described = _described(tma, *matrices, (pre, *half), (grad, *half), (grad_pre, *half))
+    described = _described(tma, *matrices, (pre, *part), (grad, *part), (grad_pre, *part))
     gelu_linear_bwd_kernel[_grid(tile, pre)](
         *described, parts, *pre.shape, grad_out.shape[1], grad_out.stride(0), weight.stride(0),
         TANH=tanh, BY_COLUMNS=by_columns, TMA=tma, **_options(tile),
