@@ -181,6 +181,32 @@ def test_functions_of_the_extension_called_wrongly():
             assert step(groups, state, None, None, None, False, None, None) is False
 
 
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_what_is_no_plain_tensor_is_torchs():
+    """In each place of each function, where it would be read as one."""
+    x, w, b, t, q = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5), torch.arange(3), torch.randn(1, 1, 3, 4)
+    calls = {
+        "layer_norm": [x, (4,), x[0], x[1], 1e-5],
+        "gelu": [x, "none"],
+        "linear": [x, w, b],
+        "linear_gelu": [x, w, b, "none"],
+        "cross_entropy": [x, t, x[0].abs(), -100, "mean", 0.0],
+        "linear_cross_entropy": [x, w, t, b, b.abs(), -100, "mean", 0.0],
+        "scaled_dot_product_attention": [q, q, q, torch.randn(3, 3), False, None, False],
+    }
+    for name, args in calls.items():
+        call = getattr(backend.native, name)
+        assert call(*args) is not None, name
+        for i, arg in enumerate(args):
+            if isinstance(arg, torch.Tensor):
+                for other in (3, arg.as_subclass(Subclass)):
+                    assert call(*args[:i], other, *args[i + 1 :]) is None, (name, i)
+
+
 ON_A_THREAD = """
 import threading, torch, nnfast.nn.functional as F
 x, w = torch.randn(50, 300), torch.randn(300)
