@@ -1,7 +1,7 @@
 // The extension module nnfast._C_<torch's minor version>: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear, linear_gelu, cross_entropy, linear_cross_entropy, scaled_dot_product_attention: the result,
-// or None where the call is torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what is left to
+// layer_norm, gelu, linear, linear_gelu, cross_entropy, linear_cross_entropy, embedding, scaled_dot_product_attention:
+// the result, or None where the call is torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what is left to
 // torch. A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
@@ -150,6 +150,23 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   return output_of(
       [&] { return std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)); });
+  END_HANDLE_TH_ERRORS
+}
+
+// embedding(indices, weight, padding_idx or None, scale_grad_by_freq)
+PyObject* py_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4) return wrong_arguments("embedding(indices, weight, padding_idx, scale_grad_by_freq)");
+  int64_t padding_idx = -1;
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !PyBool_Check(args[3]) ||
+      (args[2] != Py_None && !unpack_int(args[2], padding_idx)))
+    Py_RETURN_NONE;
+  const Tensor &indices = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
+  if (args[2] != Py_None && padding_idx < 0 && weight.dim() > 0) padding_idx += weight.size(0);
+  if (!open_to(kEmbedding, 1, weight, indices) || !covers_embedding(weight, indices, padding_idx) ||
+      (args[2] != Py_None && padding_idx < 0))
+    Py_RETURN_NONE;
+  return output_of([&] { return nnfast::embedding(weight, indices, padding_idx, args[3] == Py_True); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -443,6 +460,7 @@ PyMethodDef methods[] = {
     FAST("linear_gelu", py_linear_gelu),
     FAST("cross_entropy", py_cross_entropy),
     FAST("linear_cross_entropy", py_linear_cross_entropy),
+    FAST("embedding", py_embedding),
     FAST("scaled_dot_product_attention", py_attention),
     FAST("adamw_", py_step<AdamWCall>),
     FAST("sgd_", py_step<SgdCall>),

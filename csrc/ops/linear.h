@@ -59,8 +59,9 @@ class LinearNode : public OpNode<Linear> {
   Sums sums_;
 };
 
-// Records `output` as input weight^T + bias; `multiplied` is what autocast made of the weight, if it did.
+// Records `output` as input weight^T + bias; cast_... are what autocast made of them, if it did.
 void record_linear(
-    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& multiplied);
+    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_input,
+    const Tensor& cast_weight);
 
 }  // namespace nnfast

@@ -1,0 +1,52 @@
+"""Multi-head attention: torch's own code, which finds our linear and our attention where it looks for torch's.
+
+What it does with masks, weights and batches is long, and differs from torch to torch; none of it is written again here.
+A compiler that traces it looks the names up in torch's modules: there it is torch's throughout.
+"""
+
+import types
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as _F
+
+from nnfast import functional
+from nnfast._torch import in_projection, in_projection_packed
+
+
+def _finding(function: Callable, **names) -> Callable:
+    """The same code, for which these names of its module mean something else."""
+    copy = types.FunctionType(
+        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__dict__.update(function.__dict__)
+    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__qualname__", "__module__"):
+        setattr(copy, name, getattr(function, name))
+    return copy
+
+
+multi_head_attention_forward = _finding(
+    _F.multi_head_attention_forward,
+    linear=functional.linear,
+    scaled_dot_product_attention=functional.scaled_dot_product_attention,
+    _in_projection=_finding(in_projection, linear=functional.linear),
+    _in_projection_packed=_finding(in_projection_packed, linear=functional.linear),
+)
+
+
+class _Functional(types.ModuleType):
+    """torch.nn.functional, but for one function. Scripts read names of modules alone."""
+
+    multi_head_attention_forward = staticmethod(multi_head_attention_forward)
+
+    def __getattr__(self, name: str):
+        return getattr(_F, name)
+
+
+class MultiheadAttention(torch.nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` with our products and attention: the same arguments, parameters and ``state_dict``.
+
+    In inference torch's own fast path serves as it did, and under ``torch.compile`` all of it is torch's.
+    """
+
+    forward = _finding(torch.nn.MultiheadAttention.forward, F=_Functional(_F.__name__))
