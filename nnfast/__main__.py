@@ -12,25 +12,12 @@ import torch
 import nnfast
 from nnfast import backend, compiled
 
-OPS = (
-    "layer_norm",
-    "gelu",
-    "linear",
-    "linear_gelu",
-    "cross_entropy",
-    "linear_cross_entropy",
-    "scaled_dot_product_attention",
-    "adamw_",
-    "sgd_",
-    "rmsprop_",
-    "total_norm",
-)
-
 
 def rows() -> list[tuple[str, str, str, str]]:
     """(op, device, who serves it, why) for every op and device of this machine."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return [(op, device, *backend.server(op, device)) for device in devices for op in OPS]
+    ops = backend.native.ops() if backend.native else ["every op"]
+    return [(op, device, *backend.server(op, device)) for device in devices for op in ops]
 
 
 def products() -> str:

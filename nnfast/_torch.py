@@ -66,27 +66,13 @@ graph_capture_health_check: Callable[[torch.optim.Optimizer], None] = _found(
 )
 
 
-_dispatch_modes = _found("torch._C", "_len_torch_dispatch_stack", _yes)
-_function_modes = _found("torch._C", "_is_torch_function_mode_enabled", _yes)
 #: The functorch transform that is at work, or None. Gone: there may be one.
 transforms: Callable = _found("torch._C._functorch", "peek_interpreter_stack", _yes)
-_tracing = _found("torch._C", "_get_tracing_state", _yes)
 
 
 def forward_mode() -> bool:
     """Whether forward-mode AD is at work. Its name gone: it may be."""
     return getattr(forward_ad, "_current_level", 0) >= 0
-
-
-def plain_eager() -> bool:
-    """No mode, functorch transform, tracing or forward-mode AD. A name gone: it cannot be told, so the answer is no."""
-    return (
-        _dispatch_modes() == 0
-        and not _function_modes()
-        and transforms() is None
-        and _tracing() is None
-        and not forward_mode()
-    )
 
 
 def constant_in_a_graph(function: Callable) -> Callable:
@@ -112,6 +98,3 @@ in_projection_packed: Callable = _found("torch.nn.functional", "_in_projection_p
 
 #: The base of torch's losses with weights. Gone: that of all modules.
 WeightedLoss: type = _found("torch.nn.modules.loss", "_WeightedLoss", torch.nn.Module)
-
-#: A context without autocast. Gone: without that of CUDA, which is where it is asked for.
-disable_autocast: Callable = _found("torch._C", "_DisableAutocast", lambda: torch.autocast("cuda", enabled=False))

@@ -102,10 +102,10 @@ def available(name: str) -> str:
         return ""
     if not torch.cuda.is_available():
         return "torch finds no GPU"
-    if name == "triton":
-        return no_triton()
     if native is None:
         return why_not
+    if name == "triton":
+        return no_triton()
     return "" if native.cuda_kernels() else "nnfast was built without CUDA kernels"
 
 
@@ -118,11 +118,10 @@ def server(op: str, device: str) -> tuple[str, str]:
     if device == "cpu":
         return "cpu", f"{native.cpu_kernels()}: float32, bfloat16, float16, float64"
     covered = "float32, bfloat16, float16"
-    if native and op in native.cuda_kernels():
+    if op in native.cuda_kernels():
         return "cuda", covered
     if why := no_triton():
         return "torch", f"not among the CUDA kernels, and {why}"
-    covered += "" if native else "; without the extension, a few microseconds more a call"
     return ("triton", covered) if op in kernels.OPS else ("torch", "as fast as a kernel of ours would be")
 
 

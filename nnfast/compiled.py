@@ -13,7 +13,7 @@ from nnfast import __version__, backend
 from nnfast._torch import constant_in_a_graph, forward_mode, transforms
 
 #: (op, dtype it computes in): how many times as fast a compiled training step of the op is with ours in its graph,
-#: measured at GPT-2's sizes on a Zen 4. What is not here gains nothing, or loses what the compiler fuses.
+#: measured at GPT-2's sizes on a Zen 5. What is not here gains nothing, or loses what the compiler fuses.
 GAINS: dict[tuple[str, torch.dtype], float] = {
     ("linear", torch.float32): 2.0,
     ("linear_gelu", torch.float32): 1.9,

@@ -9,22 +9,23 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as _F
 
-from nnfast import compiled, portable
+from nnfast import compiled
 from nnfast._torch import register_builtin
 from nnfast.backend import native, torch_serves
 
 
 def _torchs(*_) -> None:
-    """The gate of an op for which there is no kernel without the extension."""
+    """The gate where there is no extension."""
 
 
-_ours = native or portable
-_layer_norm, _gelu = _ours.layer_norm, _ours.gelu
-_linear, _linear_gelu = _ours.linear, _ours.linear_gelu
-_cross_entropy = native.cross_entropy if native else _torchs
-_linear_cross_entropy = native.linear_cross_entropy if native else _torchs
-_attention = native.scaled_dot_product_attention if native else _torchs
-_embedding = native.embedding if native else _torchs
+_layer_norm = getattr(native, "layer_norm", _torchs)
+_gelu = getattr(native, "gelu", _torchs)
+_linear = getattr(native, "linear", _torchs)
+_linear_gelu = getattr(native, "linear_gelu", _torchs)
+_cross_entropy = getattr(native, "cross_entropy", _torchs)
+_linear_cross_entropy = getattr(native, "linear_cross_entropy", _torchs)
+_attention = getattr(native, "scaled_dot_product_attention", _torchs)
+_embedding = getattr(native, "embedding", _torchs)
 
 
 def layer_norm(

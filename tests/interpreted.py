@@ -7,7 +7,6 @@ kernels are registered at the CPU key of the dispatcher. The tests bring tiles a
 programs have neighbours, several rounds, and edges.
 """
 
-import importlib
 import itertools
 
 import numpy as np
@@ -27,11 +26,10 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 import nnfast.nn.functional as F
 import nnfast.optim as optim
-from nnfast import backend, functional, kernels, portable, reference, selftest
+from nnfast import kernels, reference
 from nnfast.kernels import adamw, clip_grad, layer_norm, linear_gelu
 
 DTYPES = (torch.float32, *HALF)
-TRUSTED = selftest.trusted
 
 
 def _bits_of_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -66,7 +64,7 @@ def _interpreter():
 
 
 @pytest.fixture(autouse=True)
-def _triton_serves(request, monkeypatch):
+def _triton_serves(monkeypatch):
     """Through the gate, which takes them for the CPU's, and the dispatcher, to Triton's launchers."""
     driver.set_active(Machine("sm_90", processors=2))
     library = torch.library.Library("nnfast", "IMPL")
@@ -87,29 +85,7 @@ def _triton_serves(request, monkeypatch):
     adamw._tables.clear()
     yield
     library._destroy()
-    assert served or "without_extension" in request.fixturenames, "nothing came to Triton"
-
-
-@pytest.fixture
-def without_extension(monkeypatch):
-    """The gate and the autograd formulas in Python, which reach the launchers by themselves."""
-    monkeypatch.setattr(portable, "_on_gpu", lambda t: True)
-    monkeypatch.setattr(backend, "no_triton", lambda: "")
-    monkeypatch.setattr(functional, "_layer_norm", portable.layer_norm)
-    monkeypatch.setattr(functional, "_linear_gelu", portable.linear_gelu)
-    monkeypatch.setattr(importlib.import_module("nnfast.optim.native"), "module", portable)
-    monkeypatch.setattr(selftest, "trusted", lambda *asked: True)
-    # Not through the ops, whose autograd is in C++.
-    launched = []
-    for name in (
-        "layer_norm", "layer_norm_backward", "linear_gelu", "gelu_backward_sum", "adamw", "clip_coef", "scale_by",
-    ):  # fmt: skip
-        real = getattr(portable, f"_{name}")
-        monkeypatch.setattr(
-            portable, f"_{name}", lambda *a, real=real, **k: launched.append(real) or real(*a, **k)
-        )  # fmt: skip
-    yield
-    assert launched
+    assert served, "nothing came to Triton"
 
 
 @pytest.fixture(params=["short", "long"])
@@ -326,39 +302,6 @@ def test_clipping(dtypes):
     assert norm.isnan() and coef.isnan()
 
 
-@pytest.mark.usefixtures("without_extension")
-def test_clipping_without_the_extension():
-    grads = [torch.randn(s) for s in SIZES]
-    scaled = [g.clone() for g in grads]
-    norm, coef = portable.clip_coef(scaled, 1.0, None, True)
-    torch.testing.assert_close(norm, torch.cat([g.flatten() for g in grads]).norm())
-    torch.testing.assert_close(scaled, [g / (norm + 1e-6) for g in grads])
-    assert scaled[1]._version > 0 and coef < 1
-    gaps = [torch.randn(20, 36)[:, ::2]]
-    assert portable.clip_coef(gaps, 1.0, None, True) is None
-
-
-def test_a_wrong_kernel_is_torchs_without_the_extension(without_extension, monkeypatch, tmp_path):
-    """Asked for at the first use, with one warning; torch serves from then on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(selftest, "_known", {})
-    monkeypatch.setattr(selftest, "trusted", TRUSTED)
-    x = torch.randn(3, 20)
-    F.layer_norm(x, (20,))
-    assert selftest._known == {("layer_norm", "triton", -1, "float32", 32): True}
-    real = portable._layer_norm
-
-    def wrong(*args):
-        output, stats = real(*args)
-        return output + 1, stats
-
-    monkeypatch.setattr(portable, "_layer_norm", wrong)
-    x = torch.randn(3, 40)
-    with pytest.warns(UserWarning, match="triton's kernel of layer_norm in float32 fails its known-answer test"):
-        F.layer_norm(x, (40,))
-    assert torch.equal(F.layer_norm(x, (40,)), torch.nn.functional.layer_norm(x, (40,)))
-
-
 def test_adamw_tables_are_kept():
     """No new table while addresses stay and steps advance together; one for a new gradient or a lagging step."""
     params = [torch.randn(size, requires_grad=True) for size in (100, 70, 130)]
@@ -406,52 +349,3 @@ def test_adamw_on_the_device(monkeypatch, amsgrad, found):
             )
         results.append((lists, top, steps))
     torch.testing.assert_close(*results)
-
-
-@pytest.mark.usefixtures("without_extension")
-def test_without_the_extension():
-    """The same results, first and second derivatives, and torch where torch serves."""
-    for dtype in (torch.float32, torch.bfloat16):
-        for args in layer_norm_inputs(dtype, shapes=SHAPES[3:]):
-            compare_layer_norm(args, torch.randn_like(args[0]), "without the extension")
-        for has_bias in (True, False):
-            x, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in ((2, 3, 9), (5, 9), (5,)))
-            args = x, weight, bias if has_bias else None, "tanh"
-            compare_linear_gelu(args, torch.randn(2, 3, 5).to(dtype), "without the extension")
-    x, weight, bias = (torch.randn(s).requires_grad_() for s in ((3, 7), (7,), (7,)))
-    second = []
-    for f, leaves in ((F.layer_norm, (x, weight)), (reference.layer_norm, (double(x), double(weight)))):
-        (first,) = torch.autograd.grad(f(leaves[0], (7,), leaves[1], None).square().sum(), leaves[0], create_graph=True)
-        second.append(torch.autograd.grad(first.square().sum(), leaves))
-    torch.testing.assert_close(second[0], [t.float() for t in second[1]])
-    second = []
-    weight = torch.randn(5, 7, requires_grad=True)
-    for f, leaves in ((F.linear_gelu, (x, weight)), (reference.linear_gelu, (double(x), double(weight)))):
-        first = torch.autograd.grad(f(*leaves).square().sum(), leaves, create_graph=True)
-        second.append(torch.autograd.grad(sum(t.square().sum() for t in first), leaves))
-    torch.testing.assert_close(second[0], [t.float() for t in second[1]], rtol=1e-4, atol=1e-4)
-    with pytest.raises(RuntimeError, match="normalized_shape"):
-        F.layer_norm(x, (8,))
-    assert torch.func.vmap(lambda row: F.layer_norm(row, (7,)))(x).shape == x.shape
-    negative = torch.conj(torch.randn(3, 7, dtype=torch.complex64)).imag  # what lies in memory has the other sign
-    assert negative.is_neg()
-    torch.testing.assert_close(F.layer_norm(negative, (7,)), TF.layer_norm(negative, (7,)))
-    leaf = x * 1
-    output = F.layer_norm(leaf, (7,))
-    leaf.add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        output.sum().backward()
-
-
-@pytest.mark.usefixtures("without_extension")
-def test_adamw_without_the_extension():
-    for options in ({}, {"amsgrad": True, "maximize": True, "fused": False}):
-        params, *grads = ([torch.randn(s) for s in SIZES] for _ in range(4))
-        ours, optimizer = train(optim.AdamW, params, grads, **options)
-        torchs, _ = train(torch.optim.AdamW, params, grads, **options)
-        for p, q, true in zip(ours, torchs, exact(params, grads, **options), strict=True):
-            assert_close(p, q, true)
-            assert p._version > 0
-    ours[3].grad = torch.ones(SIZES[3]).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()

@@ -754,7 +754,7 @@ def master_of(optimizer, p):
 
 @pytest.mark.usefixtures("some_kernels")
 @pytest.mark.parametrize(
-    "backend", ["cpu", pytest.param("torch", marks=pytest.mark.torch_serves("the portable code, over torch's"))]
+    "backend", ["cpu", pytest.param("torch", marks=pytest.mark.torch_serves("the code over torch's own step"))]
 )
 def test_master_weights(backend):
     """A bfloat16 parameter with its master is the float32 one, to the bit, and what is seen of it is its rounding."""

@@ -12,7 +12,7 @@ from common import DTYPES, HALF, assert_close, double, layouts, rms, served, thr
 import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
-from nnfast import reference
+from nnfast import backend, reference
 from nnfast.benchmarks.harness import peak_memory
 
 # Shapes of the input: a single class, fewer classes than a register and than a block of four, one over and one under,
@@ -314,6 +314,18 @@ def test_what_is_torchs():
         torch.testing.assert_close(
             F.cross_entropy(*args, **keywords), TF.cross_entropy(*args, **keywords), rtol=0, atol=0, equal_nan=True
         )
+
+
+def test_many_rows_of_a_register_are_torchs():
+    """In float32 alone, and where ours has AVX-512: torch is faster there."""
+    if not backend.native or not backend.native.cpu_kernels():
+        pytest.skip("no CPU kernels here")
+    calls = lambda: backend.native.paths()["cross_entropy"]  # noqa: E731
+    for rows, classes, dtype in ((1024, 16, torch.float32), (1023, 16, torch.float32), (1024, 16, torch.bfloat16)):
+        before, target = calls(), torch.randint(classes, (rows,))
+        F.cross_entropy(torch.randn(rows, classes).to(dtype), target)
+        torchs = (rows, dtype) == (1024, torch.float32) and backend.native.cpu_kernels().startswith("avx512")
+        assert (calls() == before) == torchs
 
 
 @pytest.mark.usefixtures("cpu_kernels")

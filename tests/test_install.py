@@ -165,9 +165,9 @@ def test_an_unknown_newer_torch_that_differs(site, tmp_path, how):
 
 
 def test_every_op_has_its_known_answer():
-    from nnfast import __main__, selftest
+    from nnfast import backend, selftest
 
-    assert set(selftest.ANSWERS) == set(__main__.OPS)
+    assert set(selftest.ANSWERS) == set(backend.native.ops())
 
 
 def test_extension_that_does_not_load(site, tmp_path):
@@ -196,21 +196,21 @@ for owner, name in names:
 assert taken
 import nnfast._torch
 if {whole}:
-    import nnfast, nnfast.portable
+    import nnfast
 for owner, name, value in taken:
     setattr(owner, name, value)
 """
 
 
 def test_private_names_of_torch(site_without_native):
-    """With each of them gone, and with all, nnfast imports and runs; portable's gate then is shut."""
+    """With each of them gone, and with all, nnfast imports and runs."""
     assert len(NAMES) > 8
     for name in NAMES:
         done = run(site_without_native, "import sys\nsys.modules['nnfast'] = type(sys)('nnfast')\n"
                    f"sys.modules['nnfast'].__path__ = [{str(site_without_native / 'nnfast')!r}]\n"
                    + WITHOUT.format(names=[name], whole=False))  # fmt: skip
         assert done.returncode == 0 or "assert taken" in done.stderr, (name, done.stderr)
-    code = WITHOUT.format(names=NAMES, whole=True) + TRY_IT + "assert not nnfast._torch.plain_eager()\n"
+    code = WITHOUT.format(names=NAMES, whole=True) + TRY_IT
     done = run(site_without_native, code)
     assert done.returncode == 0, done.stderr
 

@@ -323,6 +323,26 @@ def test_precision_of_float32_products(precision):
 
 
 @pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("autocast", (False, True))
+@pytest.mark.parametrize("bias", (False, True))
+@pytest.mark.parametrize("n", (768, 1024, 1536))
+def test_square_products(n, bias, autocast):
+    """Where output, operands and the library's own memory have the same number of bytes, each gets its own."""
+    x, layer = torch.randn(n, n, requires_grad=True), nn.Linear(n, n, bias=bias)
+    with served("linear", "linear_backward"):
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y = layer(x)
+            (grad,) = torch.autograd.grad(y, x, y.detach())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = TF.linear(x, layer.weight, layer.bias)
+    (grad_expected,) = torch.autograd.grad(expected, x, y.detach())
+    tolerance = 2**-7 if autocast else 1e-5
+    for ours, torchs in ((y, expected), (grad, grad_expected)):
+        assert (ours - torchs).abs().max() <= tolerance * torchs.abs().max()
+
+
 def test_repeats_to_the_bit():
     """N1: the same library for the same call every time."""
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((300, 256), (130, 256), (130,)))

@@ -14,7 +14,7 @@ import torch.nn.functional as TF
 
 import nnfast
 import nnfast.nn.functional as F
-from nnfast import __main__, backend, nn, optim
+from nnfast import backend, nn, optim
 
 OURS = {
     "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "Embedding", "CrossEntropyLoss", "LinearCrossEntropyLoss"}
@@ -99,7 +99,7 @@ def test_without_triton():
 def test_doctor():
     done = subprocess.run([sys.executable, "-m", "nnfast"], capture_output=True, text=True)
     assert done.returncode == 0 and torch.__version__ in done.stdout
-    for op in __main__.OPS:
+    for op in backend.native.ops() if backend.native else ():
         assert op in done.stdout
     assert re.search("^product ", done.stdout, re.MULTILINE)
 

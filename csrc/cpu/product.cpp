@@ -80,13 +80,18 @@ Tensor one_dnn_matmul(const Tensor& a, const Tensor& b) {
 Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   // What comes here has the dtype it shall have, also where a backward runs inside autocast.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const bool one_dnn_does = one_dnn_serves(input, weight, defined(bias));
+  if (one_dnn_does && !defined(bias) && at::native::mkldnn_matmul) {
+    by_one_dnn.taken();
+    return one_dnn_matmul(input, weight.t());
+  }
+  // Not around the call above, which has its output: what oneDNN takes for itself may be of the same size.
   const ForTorch memory(input.size(0) * weight.size(0) * input.element_size());
-  if (!one_dnn_serves(input, weight, defined(bias))) {
+  if (!one_dnn_does) {
     by_torch.taken();
     return defined(bias) ? at::addmm(*bias, input, weight.t()) : at::linear(input, weight);
   }
   by_one_dnn.taken();
-  if (!defined(bias) && at::native::mkldnn_matmul) return one_dnn_matmul(input, weight.t());
   // It asks input and weight for their strides, and takes the bias for dense.
   const OptTensor dense = defined(bias) ? OptTensor(bias->contiguous()) : std::nullopt;
   return one_dnn()->typed<OneDnnLinear>().call(

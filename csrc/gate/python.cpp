@@ -366,6 +366,13 @@ PyObject* py_hold(PyObject*, PyObject* name) {
   Py_RETURN_NONE;
 }
 
+// ops() -> those that pass the gate
+PyObject* py_ops(PyObject*, PyObject*) {
+  HANDLE_TH_ERRORS
+  return py::cast(std::vector<std::string>(kOps.begin(), kOps.end())).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
 // cuda_kernels() -> the ops that C++ serves on a GPU
 PyObject* py_cuda_kernels(PyObject*, PyObject*) {
   HANDLE_TH_ERRORS
@@ -478,6 +485,7 @@ PyMethodDef methods[] = {
     {"paths", py_paths, METH_NOARGS, nullptr},
     {"thresholds", py_thresholds, METH_NOARGS, nullptr},
     {"cpu_kernels", py_cpu_kernels, METH_NOARGS, nullptr},
+    {"ops", py_ops, METH_NOARGS, nullptr},
     {"cuda_kernels", py_cuda_kernels, METH_NOARGS, nullptr},
     {"triton_kernels", py_triton_kernels, METH_O, nullptr},
     {nullptr, nullptr, 0, nullptr},

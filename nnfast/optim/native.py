@@ -4,12 +4,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from nnfast import backend, portable
+from nnfast import backend
 from nnfast._torch import graph_capture_health_check, outside_graphs, use_grad_for_differentiable
 from nnfast.compiled import step_is_ours
-
-#: Where the native calls are: the extension, or Triton's kernels without it.
-module = backend.native or portable
 
 
 class NativeStep:
@@ -59,10 +56,10 @@ class NativeStep:
         the parameters that are torch's (state is missing, ...), group by group."""
         scale, inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         seed = self._seed if self.stochastic_rounding else None
-        call = getattr(module, self._op, None)
-        if call is None:
+        if backend.native is None:
             return False
-        return call(self.param_groups, self.state, scale, inf, coef, self.master_weights, seed, skipped)
+        step = getattr(backend.native, self._op)
+        return step(self.param_groups, self.state, scale, inf, coef, self.master_weights, seed, skipped)
 
     def _first_or_torch_step(self, coef: Tensor | None) -> None:
         if is_compiling():

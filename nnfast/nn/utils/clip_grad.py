@@ -8,7 +8,7 @@ from torch.compiler import is_compiling
 from torch.nn.utils import clip_grads_with_norm_ as _clip_grads_with_norm_
 from torch.nn.utils import get_total_norm as _get_total_norm
 
-from nnfast import backend, portable
+from nnfast import backend
 
 
 def __getattr__(name: str):
@@ -41,9 +41,9 @@ def clip_coef(
 ) -> tuple[Tensor, Tensor] | None:
     """On a GPU, in one launch and without waiting: their norm, divided by ``grad_scale``, and what they are to be
     multiplied by; and with ``scales``, in another launch, they are. None where it is torch's."""
-    if not tensors or tensors[0].device.type == "cpu" or is_compiling():
+    if backend.native is None or not tensors or tensors[0].device.type == "cpu" or is_compiling():
         return None
-    return (backend.native or portable).clip_coef(tensors, max_norm, grad_scale, scales)
+    return backend.native.clip_coef(tensors, max_norm, grad_scale, scales)
 
 
 def _check_finite(norm: Tensor, tensors: list[Tensor], norm_type: float) -> None:
