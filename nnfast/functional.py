@@ -278,8 +278,8 @@ def embedding(
     """Rows of a table, as ``torch.nn.functional.embedding``.
 
     Torch's arithmetic, forward and backward. On a CPU the gradient of a table of some MB lies in memory that the last
-    step's lay in: mapping as many zeros afresh takes several times as long as writing them. Where no gradient is wanted,
-    with ``max_norm`` or ``sparse``, elsewhere and under ``torch.compile`` the call is torch's.
+    step's lay in: mapping as many zeros afresh takes several times as long as writing them. Where no gradient is
+    wanted, with ``max_norm`` or ``sparse``, elsewhere and under ``torch.compile`` the call is torch's.
 
     Args:
         input: any shape, int32 or int64.

@@ -20,7 +20,8 @@ OPTIONS = [{}, {"padding_idx": 0}, {"padding_idx": 3}, {"padding_idx": -1}, {"sc
 
 def gradient(embedding, indices, weight, **options):
     output = embedding(indices, weight, **options)
-    return [output, *torch.autograd.grad(output, weight, torch.linspace(-1, 1, output.numel()).view_as(output).to(weight.dtype))]
+    grad = torch.linspace(-1, 1, output.numel()).view_as(output).to(weight.dtype)
+    return [output, *torch.autograd.grad(output, weight, grad)]
 
 
 @pytest.mark.usefixtures("cpu_kernels")

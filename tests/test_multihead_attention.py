@@ -1,6 +1,7 @@
 """nn.MultiheadAttention: torch's code with our products and attention. N2 and S1 of the contract."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -69,11 +70,9 @@ def test_values_and_gradients(dtype, way, need_weights):
         attention = [] if need_weights or dtype is torch.float64 else ["scaled_dot_product_attention"]
         with served("linear", "linear_backward", *attention):
             found = run(ours, arguments, **keywords)
-        exact = run(
-            copy.deepcopy(theirs).double(),
-            [double(t) for t in arguments],
-            **{k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in keywords.items()},
-        )
+        numbers = {k: v.double() for k, v in mask.items() if v.is_floating_point()}
+        true = copy.deepcopy(theirs).double()
+        exact = run(true, [double(t) for t in arguments], **{**keywords, **numbers})
         # The largest term of a sum is some times the largest sum: a parameter's gradient cancels over rows.
         for i, (a, b, true) in enumerate(zip(found, run(theirs, arguments, **keywords), exact, strict=True)):
             assert_close(a, b, true, f"{i} of {mask.keys()}", scale=4 * true.detach().abs().max().item())
@@ -137,6 +136,8 @@ def test_module():
         made.append(kind(16, 4))
     ours, theirs = made
     assert isinstance(ours, torch.nn.MultiheadAttention) and repr(ours) == repr(theirs)
+    a, b = (inspect.signature(m.forward).parameters.values() for m in made)
+    assert [(p.name, p.default) for p in a] == [(p.name, p.default) for p in b]
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     model = torch.nn.TransformerDecoderLayer(16, 4, 32, 0.0, batch_first=True)
     expected = model(x := torch.randn(2, 5, 16), x)

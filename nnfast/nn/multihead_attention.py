@@ -1,7 +1,7 @@
 """Multi-head attention: torch's own code, which finds our linear and our attention where it looks for torch's.
 
 What it does with masks, weights and batches is long, and differs from torch to torch; none of it is written again here.
-A compiler that traces it looks the names up in torch's modules: there it is torch's throughout.
+A compiler that traces it would look the names up in torch's modules: it is handed torch's.
 """
 
 import types
@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as _F
+from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from nnfast import functional
 from nnfast._torch import in_projection, in_projection_packed
@@ -16,9 +18,8 @@ from nnfast._torch import in_projection, in_projection_packed
 
 def _finding(function: Callable, **names) -> Callable:
     """The same code, for which these names of its module mean something else."""
-    copy = types.FunctionType(
-        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__, function.__closure__
-    )
+    names = {**function.__globals__, **names}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__dict__.update(function.__dict__)
     for name in ("__kwdefaults__", "__annotations__", "__doc__", "__qualname__", "__module__"):
         setattr(copy, name, getattr(function, name))
@@ -34,8 +35,8 @@ multi_head_attention_forward = _finding(
 )
 
 
-class _Functional(types.ModuleType):
-    """torch.nn.functional, but for one function. Scripts read names of modules alone."""
+class _Functional:
+    """torch.nn.functional, but for one function."""
 
     multi_head_attention_forward = staticmethod(multi_head_attention_forward)
 
@@ -44,9 +45,28 @@ class _Functional(types.ModuleType):
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention`` with our products and attention: the same arguments, parameters and ``state_dict``.
+    """``torch.nn.MultiheadAttention`` with our products and attention: the same arguments, parameters, ``state_dict``.
 
-    In inference torch's own fast path serves as it did, and under ``torch.compile`` all of it is torch's.
+    In inference torch's own fast path serves as it did, and under ``torch.compile`` and in scripts all of it is torch's.
     """
 
-    forward = _finding(torch.nn.MultiheadAttention.forward, F=_Functional(_F.__name__))
+    _torchs = torch.nn.MultiheadAttention.forward
+    _ours = _finding(torch.nn.MultiheadAttention.forward, F=_Functional())
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As torch's: its docstring says what each is."""
+        masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        if torch.jit.is_scripting() or is_dynamo_compiling():
+            return self._torchs(query, key, value, *masks)
+        else:
+            return self._ours(query, key, value, *masks)
