@@ -16,14 +16,18 @@ from nnfast import functional
 from nnfast._torch import in_projection, in_projection_packed
 
 
+def _copy(function: Callable, name: str, names: dict) -> Callable:
+    """The same code under another name, which finds what it looks for in ``names``."""
+    copy = types.FunctionType(function.__code__, names, name, function.__defaults__, function.__closure__)
+    copy.__dict__.update(function.__dict__)
+    for each in ("__kwdefaults__", "__annotations__", "__doc__", "__module__"):
+        setattr(copy, each, getattr(function, each))
+    return copy
+
+
 def _finding(function: Callable, **names) -> Callable:
     """The same code, for which these names of its module mean something else."""
-    names = {**function.__globals__, **names}
-    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    copy.__dict__.update(function.__dict__)
-    for name in ("__kwdefaults__", "__annotations__", "__doc__", "__qualname__", "__module__"):
-        setattr(copy, name, getattr(function, name))
-    return copy
+    return _copy(function, function.__name__, {**function.__globals__, **names})
 
 
 multi_head_attention_forward = _finding(
@@ -45,12 +49,15 @@ class _Functional:
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
-    """``torch.nn.MultiheadAttention`` with our products and attention: the same arguments, parameters, ``state_dict``.
+    """``torch.nn.MultiheadAttention`` with our products and attention.
+
+    The same arguments, parameters and ``state_dict``.
 
     In inference torch's own fast path serves as it did, and under ``torch.compile`` and in scripts all of it is torch's.
     """
 
-    _torchs = torch.nn.MultiheadAttention.forward
+    # A script has no two methods of one name.
+    _torchs = _copy(torch.nn.MultiheadAttention.forward, "_torchs", torch.nn.MultiheadAttention.forward.__globals__)
     _ours = _finding(torch.nn.MultiheadAttention.forward, F=_Functional())
 
     def forward(
