@@ -58,8 +58,7 @@ bool one_dnn_serves(const Tensor& input, const Tensor& weight, bool has_bias) {
   const auto& context = at::globalContext();
   const auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
   // Where the user lets float32 products run in a lower precision, torch decides how.
-  const bool exact =
-      !is_float || (precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32);
+  const bool exact = !is_float || (precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32);
   const bool by_rows = input.is_contiguous() && weight.is_contiguous();
   return exact && context.userEnabledMkldnn() && (cpu_kernels()->avx512 || (is_float && by_rows));
 }

@@ -1,8 +1,8 @@
 // The extension module nnfast._C_<torch's minor version>: the gate, and behind it a short way from Python to the ops.
 //
 // layer_norm, gelu, linear, linear_gelu, cross_entropy, linear_cross_entropy, embedding, scaled_dot_product_attention:
-// the result, or None where the call is torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what is left to
-// torch. A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
+// the result, or None where the call is torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what
+// is left to torch. A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>

@@ -14,8 +14,7 @@
 namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
-  m.def(
-      "embedding(Tensor weight, Tensor indices, SymInt padding_idx=-1, bool scale_grad_by_freq=False) -> Tensor");
+  m.def("embedding(Tensor weight, Tensor indices, SymInt padding_idx=-1, bool scale_grad_by_freq=False) -> Tensor");
 }
 
 Tensor embedding(const Tensor& weight, const Tensor& indices, c10::SymInt padding_idx, bool scale_grad_by_freq) {
@@ -36,8 +35,7 @@ namespace {
 
 Path served("embedding"), into_memory("embedding.into_memory");
 
-Tensor embedding_aten(
-    const Tensor& weight, const Tensor& indices, c10::SymInt padding_idx, bool scale_grad_by_freq) {
+Tensor embedding_aten(const Tensor& weight, const Tensor& indices, c10::SymInt padding_idx, bool scale_grad_by_freq) {
   served.taken();
   return at::embedding_symint(weight, indices, std::move(padding_idx), scale_grad_by_freq, /*sparse=*/false);
 }

@@ -89,7 +89,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
     std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
   check_linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
-  const auto options = [&](const auto& asked) { return grad_out.options().dtype(asked.value_or(grad_out.scalar_type())); };
+  const auto options = [&](const auto& asked) {
+    return grad_out.options().dtype(asked.value_or(grad_out.scalar_type()));
+  };
   const auto wide = options(dtype);
   const c10::SymInt out = grad_out.sym_size(-1);
   Tensor grad_input, grad_weight, grad_bias;

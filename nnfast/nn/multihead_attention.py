@@ -51,9 +51,8 @@ class _Functional:
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` with our products and attention.
 
-    The same arguments, parameters and ``state_dict``.
-
-    In inference torch's own fast path serves as it did, and under ``torch.compile`` and in scripts all of it is torch's.
+    The same arguments, parameters and ``state_dict``. In inference torch's own fast path serves as it did; under
+    ``torch.compile`` and in scripts all of it is torch's.
     """
 
     # A script has no two methods of one name.
