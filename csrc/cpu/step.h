@@ -1,4 +1,4 @@
-// How a step of an optimizer runs on a CPU: the tensors of a group in chunks, which the threads take in turn.
+// How a step of an optimizer runs on a CPU: the tensors of a group in chunks, of which each thread takes a run.
 #pragma once
 
 #include <ATen/Parallel.h>

@@ -127,10 +127,10 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Many rows of just one or two registers of floats: torch's loss takes 0.5 to 0.9 of the time of ours.
+// Rows of just one register of floats: torch's loss takes 0.9 of the time of ours. Who asks for ours gets it.
 bool torch_counts_sooner(const Tensor& input) {
-  return input.scalar_type() == at::kFloat && input.dim() == 2 && (input.size(1) == 16 || input.size(1) == 32) &&
-         input.size(0) >= 1024 && input.is_cpu() && cpu_kernels()->avx512;
+  return !held && input.scalar_type() == at::kFloat && input.dim() == 2 && input.size(1) == 16 && input.is_cpu() &&
+         cpu_kernels()->avx512;
 }
 
 // cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
