@@ -7,18 +7,22 @@ import functools
 import importlib
 from collections.abc import Callable
 
-#: The ops that Triton serves, and the file of each. GELU alone is not among them: torch's own is bound by memory too,
-#: and cheaper to launch.
+#: The ops that Triton serves, and the file of each.
 OPS = {
     "layer_norm": "layer_norm",
     "layer_norm_backward": "layer_norm",
     "linear_gelu": "linear_gelu",
     "gelu_backward_sum": "linear_gelu",
+    "gelu_linear_backward": "linear_gelu",
     "adamw_": "adamw",
     "total_norm": "clip_grad",
     "clip_coef": "clip_grad",
     "scale_by_": "clip_grad",
 }
+
+
+#: The ops whose work is done by torch's own kernels, recorded by us: so the backward of one works out the other's.
+RECORDED = ("gelu", "linear")
 
 
 def launcher(op: str) -> Callable:

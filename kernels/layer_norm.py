@@ -227,20 +227,26 @@ def _tile(size: int, per_thread: int) -> tuple[int, int, int]:
     return rows, cols, min(MAX_WARPS, max(4, rows * cols // (lanes() * per_thread)))
 
 
-def _covered(input: Tensor, *affine: Tensor | None) -> bool:
+def _covered(input: Tensor, *beside: Tensor | None) -> bool:
     """As ``covers_layer_norm``: what the kernels, which work in float, can take."""
     types = torch.float32, torch.bfloat16, torch.float16
-    return input.dtype in types and all(t is None or t.dtype in (input.dtype, torch.float32) for t in affine)
+    return input.dtype in types and all(t is None or t.dtype in (input.dtype, torch.float32) for t in beside)
 
 
 def layer_norm_triton(
-    input: Tensor, normalized_shape: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+    input: Tensor,
+    normalized_shape: list[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``nnfast::layer_norm``: the output, and the statistics ``(2, rows)``."""
-    check(_covered(input, weight, bias), "layer_norm")
+    """``nnfast::layer_norm``: the output, in the input's dtype or float32, and the statistics ``(2, rows)``."""
+    check(_covered(input, weight, bias) and dtype in (None, input.dtype, torch.float32), "layer_norm")
     size = math.prod(normalized_shape)
     rows = input.numel() // size if size else math.prod(input.shape[: input.dim() - len(normalized_shape)])
-    output = input.new_empty(input.shape)
+    output = input.new_empty(input.shape, dtype=dtype)
     stats = input.new_empty((2, rows), dtype=torch.float32)
     if not input.numel():
         return output, stats.fill_(float("nan"))
@@ -266,9 +272,9 @@ def layer_norm_backward_triton(
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """``nnfast::layer_norm_backward``: the gradients of input, weight and bias that ``output_mask`` asks for."""
-    check(_covered(input, weight, bias), "layer_norm_backward")
+    check(_covered(input, weight, bias, grad_out), "layer_norm_backward")
     size = math.prod(normalized_shape)
-    if grad_out.shape != input.shape or grad_out.dtype != input.dtype or stats.numel() * size != 2 * input.numel():
+    if grad_out.shape != input.shape or stats.numel() * size != 2 * input.numel():
         raise RuntimeError("nnfast::layer_norm_backward: grad_out or stats does not fit the input")
     grad_input = input.new_empty(input.shape) if output_mask[0] else None
     affine = [t.new_empty(normalized_shape) if m and t is not None else None

@@ -149,7 +149,7 @@ def _register(override: bool) -> None:
     ops = list(kernels.OPS) if override else empty
     for op in ops:
         _library.impl(op, kernels.launcher(op), "CUDA", allow_override=override)
-    native.triton_kernels(ops)
+    native.triton_kernels([*ops, *kernels.RECORDED] if "gelu_linear_backward" in ops else ops)
 
 
 def forced() -> str | None:

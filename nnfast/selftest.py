@@ -95,8 +95,8 @@ class Where:
     size: int = 32
 
     def numbers(self, *shape: int) -> torch.Tensor:
-        made = torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-        return made.to(self.device, self.dtype)
+        generator = torch.Generator(self.device).manual_seed(sum(shape))
+        return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
     @property
     def tolerance(self) -> float:
@@ -115,7 +115,7 @@ class Where:
         for function in (ours, torchs):
             leaves = [self.numbers(*shape).requires_grad_() for shape in shapes]
             output = function(*leaves)
-            grad = torch.linspace(1, -1, output.numel(), device=self.device).view(output.shape).to(self.dtype)
+            grad = torch.linspace(1, -1, output.numel(), device=self.device).view(output.shape).to(output.dtype)
             results.append([output.detach(), *torch.autograd.grad(output, leaves, grad)])
         for a, b in zip(*results, strict=True):
             self.close(a, b)
@@ -125,10 +125,26 @@ def _layer_norm(at: Where) -> None:
     from nnfast.nn import functional as F
 
     torchs = torch.nn.functional.layer_norm
+    rows = 7
+    if at.device != "cpu":  # kernels that take row after row, of up to 8192 elements a multiprocessor: three rounds
+        processors = torch.cuda.get_device_properties(at.device).multi_processor_count
+        rows += 2 * processors * 8192 // max(at.size, 64)
+
+    def cast(f: Callable) -> Callable:
+        """From 16 bits to float32, which autocast wants on a GPU."""
+
+        def call(*args):
+            with torch.autocast(at.device.partition(":")[0], dtype=at.dtype):
+                return f(*args)
+
+        return call
+
     # By vectors and by elements.
     for n in {at.size, max(1, at.size - 3)}:
-        at.same(lambda x, w, b, n=n: F.layer_norm(x, (n,), w, b), lambda x, w, b, n=n: torchs(x, (n,), w, b),
-                (7, n), (n,), (n,))  # fmt: skip
+        ours, its = lambda x, w, b, n=n: F.layer_norm(x, (n,), w, b), lambda x, w, b, n=n: torchs(x, (n,), w, b)
+        at.same(ours, its, (rows, n), (n,), (n,))
+        if at.dtype != torch.float32:
+            at.same(cast(ours), cast(its), (rows, n), (n,), (n,))
 
 
 def _gelu(at: Where) -> None:
@@ -160,7 +176,16 @@ def _cross_entropy(at: Where) -> None:
 def _linear(at: Where) -> None:
     from nnfast.nn import functional as F
 
-    at.same(F.linear, torch.nn.functional.linear, (7, 33), (17, 33), (17,))
+    torchs = torch.nn.functional
+    at.same(F.linear, torchs.linear, (7, 33), (17, 33), (17,))
+
+    def mlp(linear: Callable, gelu: Callable, approximate: str) -> Callable:
+        return lambda x, w, b, v: linear(gelu(linear(x, w, b), approximate=approximate), v)
+
+    # One that reads a GELU, whose gradient it works out on a GPU; sizes as for linear_gelu.
+    for (rows, n, out), approximate in zip(((7, 33, 17), (200, 64, 136)), ("none", "tanh"), strict=True):
+        at.same(mlp(F.linear, F.gelu, approximate), mlp(torchs.linear, torchs.gelu, approximate),
+                (rows, n), (out, n), (out,), (n, out))  # fmt: skip
 
 
 def _linear_cross_entropy(at: Where) -> None:

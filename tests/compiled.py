@@ -80,6 +80,9 @@ def launch_linear_gelu(depth: int, cols: int, approximate: str) -> None:
     linear_gelu._tuned.clear()  # so that every tile of the list is tried
     y, pre = linear_gelu.linear_gelu_triton(x, weight, bias, approximate=approximate)
     linear_gelu.gelu_backward_sum_triton(y, pre, approximate=approximate)
+    for second in (weight.t(), empty(depth, cols, dtype=torch.bfloat16)):
+        linear_gelu._tuned.clear()
+        linear_gelu.gelu_linear_backward_triton(x, second, pre, approximate=approximate)
 
 
 def launch_adamw(dtypes: list[torch.dtype], on_gpu: bool, lr: float = 0.1, beta: float = 0.9, step: int = 1) -> None:

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import HALF, assert_close, double, layouts
+from common import HALF, assert_close, double, layouts, served
 from test_adamw import exact, train
 from test_layer_norm import compare as compare_layer_norm
+from test_layer_norm import compare_to_float32
+from test_linear_gelu import AHEAD, compare_mlp, mlp_leaves
 from test_linear_gelu import compare as compare_linear_gelu
 from test_optimizers import CASES as OPTIMIZERS
 from test_optimizers import exact as exact_step
@@ -38,9 +40,15 @@ device = ctypes.CDLL(LIBRARY)
 PROCESSORS, SHARED = 1, 227 << 10
 
 
+# What a device is, by its number, for answers are kept: what its kernels were compiled for, how many clusters of blocks
+# it says it runs at a time, and whether it does.
+HOPPER, AMPERE, NO_ROOM, REFUSES = (0, 90, 2, True), (1, 80, 2, True), (2, 90, 0, True), (3, 90, 2, False)
+
+
 @pytest.fixture(autouse=True)
 def _device():
     device.emulate_device(PROCESSORS, SHARED)
+    device.emulate_clusters(*HOPPER)
     device.emulate_order(0)
     yield
     device.emulate_scalars_on_device(False)
@@ -52,15 +60,16 @@ def tensor(*shape, dtype=torch.float32, grad=True, mean=0.0):
     return (torch.randn(shape, dtype=torch.float64) + mean).to(dtype).requires_grad_(grad)
 
 
-# What a row fills: HeldForward and HeldBackward of layer_norm.cu. Around each: full, one over and under, and, for a
+# What a row fills: HeldForward and HeldBackward of layer_norm.cu. Longer rows are a cluster's in the
+# backward. Around each: full, one over and under, and, for a
 # vector of 16 bytes, one of those less.
-HELD = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+HELD = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def row_sizes(dtype):
     vector = 16 // dtype.itemsize
     around = lambda s: (s - 1, s) if SLICE else (s - vector, s - 1, s, s + 1, s + vector)  # noqa: E731
-    return [1, 5, vector, *itertools.chain.from_iterable(map(around, HELD)), HELD[-1] + vector, 20001]
+    return [1, 5, vector, *itertools.chain.from_iterable(map(around, HELD)), 12008, 16385, 20008]
 
 
 def row_counts(size):
@@ -71,19 +80,18 @@ def row_counts(size):
 @pytest.mark.parametrize("weight", ["same", "float", "none"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layer_norm(dtype, weight):
-    """Every way to hold a row, by vectors and by elements, forward and backward."""
+    """Every way to hold a row, by vectors and by elements, forward and backward. With a weight in float, the output
+    is, too."""
     if weight == "float" and dtype is torch.float32:
         return
     for size in row_sizes(dtype):
-        affine = [
-            None if weight == "none" else tensor(size, dtype=torch.float32 if weight == "float" else dtype)
-            for _ in "wb"
-        ]
+        affine = [None if weight == "none" else tensor(size, dtype=dtype) for _ in "wb"]
         for rows in row_counts(size):
             x, g = tensor(rows, size, dtype=dtype), tensor(rows, size, dtype=dtype, grad=False)
             # With both a weight and a bias, and without the bias.
             given = affine if rows > 1 else (affine[0], None)
-            compare_layer_norm((x, (size,), *given, 1e-5), g, f"{rows} x {size}")
+            compare = compare_to_float32 if weight == "float" else compare_layer_norm
+            compare((x, (size,), *given, 1e-5), g, f"{rows} x {size}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -92,6 +100,20 @@ def test_layer_norm_of_rows_too_long_for_shared_memory(dtype):
     for size in (16392, 20001):
         x, g = tensor(2, size, dtype=dtype), tensor(2, size, dtype=dtype, grad=False)
         compare_layer_norm((x, (size,), tensor(size, dtype=dtype), None, 1e-5), g, f"{size}")
+
+
+@pytest.mark.parametrize("on", [HOPPER, AMPERE, NO_ROOM, REFUSES], ids=["hopper", "ampere", "no room", "refuses"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layer_norm_backward_of_long_rows(dtype, on):
+    """By clusters of 2, 4 and 8 blocks that take several rows each, the last block with little or nothing; and by no
+    cluster: where the row is too long, the code or the device knows none, or the launch is refused."""
+    device.emulate_clusters(*on)
+    for size in (16385, 65552) if SLICE else (8193, 8200, 16384, 16385, 16392, 32768, 32776, 65536, 65552):
+        rows = 5 if size < 20000 else 1
+        for affine in (True, False):
+            x, g = tensor(rows, size, dtype=dtype), tensor(rows, size, dtype=dtype, grad=False)
+            weight, bias = (tensor(size, dtype=dtype) if affine else None for _ in "wb")
+            compare_layer_norm((x, (size,), weight, bias, 1e-5), g, f"{rows} x {size}")
 
 
 @pytest.mark.parametrize("size", [13, 64, 1000, 2048, 16392])
@@ -110,6 +132,12 @@ def test_layer_norm_layouts(dtype, size):
     for name, w in layouts(torch.stack([weight, bias]).detach()).items():
         affine = (t.detach().requires_grad_() for t in w)
         compare_layer_norm((x.detach().requires_grad_(), (size,), *affine, 1e-5), g, f"weight {name}")
+    if dtype in HALF:
+        for name, input in layouts(x).items():
+            compare_to_float32((input.detach().requires_grad_(), (size,), weight, bias, 1e-5), g, f"{name} to float32")
+        for name, grad in layouts(g.float()).items():
+            x = x.detach().requires_grad_()
+            compare_to_float32((x, (size,), weight, bias, 1e-5), grad, f"gradient {name} to float32")
 
 
 @pytest.mark.parametrize("size", [1, 60, 700, 9000, 17000])
@@ -137,13 +165,14 @@ def test_layer_norm_only_what_is_wanted(size):
             compare_layer_norm((tensors[0], (size,), *tensors[1:], 1e-5), torch.randn(4, size), str(mask))
 
 
-def test_layer_norm_repeats_to_the_bit():
+@pytest.mark.parametrize("rows, size", [(300, 96), (5, 9000)])
+def test_layer_norm_repeats_to_the_bit(rows, size):
     """Whatever order the threads run in."""
-    x, g, w = tensor(300, 96), tensor(300, 96, grad=False), tensor(96)
+    x, g, w = tensor(rows, size), tensor(rows, size, grad=False), tensor(size)
     results = []
     for seed in range(4):
         device.emulate_order(seed)
-        y = F.layer_norm(x, (96,), w, w)
+        y = F.layer_norm(x, (size,), w, w)
         results.append((y, *torch.autograd.grad(y, (x, w), g)))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
@@ -201,6 +230,15 @@ def test_linear_gelu(dtype, approximate):
         args = x, weight, bias if has_bias else None, approximate
         grad = tensor(*shape[:-1], out, dtype=dtype, grad=False)
         compare_linear_gelu(args, grad, f"{shape} -> {out}, {approximate}")
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_linear_that_reads_a_gelu(dtype):
+    """Where CUTLASS has no kernel: a product, and the pass over it."""
+    for (shape, hidden), approximate in itertools.product(PRODUCTS, ("none", "tanh")):
+        with served(*AHEAD):
+            leaves = mlp_leaves(dtype, shape, hidden, 12)
+            compare_mlp(leaves, torch.randn(*shape[:-1], 12), f"{shape} -> {hidden}", approximate)
 
 
 def test_linear_gelu_layouts():

@@ -15,11 +15,13 @@ import torch
 import torch.nn.functional as TF
 import triton
 import triton.language as tl
-from common import HALF, assert_close, double, layouts
+from common import HALF, assert_close, double, layouts, served
 from machine import Machine
 from test_adamw import exact, train
 from test_layer_norm import compare as compare_layer_norm
+from test_layer_norm import compare_to_float32
 from test_layer_norm import sample_inputs as layer_norm_inputs
+from test_linear_gelu import AHEAD, compare_mlp, mlp_leaves
 from test_linear_gelu import compare as compare_linear_gelu
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -108,8 +110,8 @@ def test_layer_norm(dtype):
     for args in layer_norm_inputs(dtype, shapes=SHAPES, affine=[(True, True)]):
         compare_layer_norm(args, torch.randn_like(args[0]), f"{tuple(args[0].shape)}")
     for input, shape, weight, bias, eps in layer_norm_inputs(dtype, shapes=SHAPES[3:4]):
-        affine = [None if t is None else t.detach().float().requires_grad_() for t in (weight, bias)]
-        compare_layer_norm((input, shape, *affine, eps), torch.randn_like(input), "float weight")
+        if dtype in HALF:
+            compare_to_float32((input, shape, weight, bias, eps), torch.randn_like(input), "to float32")
 
 
 @pytest.mark.usefixtures("rows")
@@ -182,6 +184,40 @@ def test_linear_gelu(dtype, target):
         x, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, (out, shape[-1]), (out,)))
         args = x, weight, bias if has_bias else None, approximate
         compare_linear_gelu(args, torch.randn(*shape[:-1], out).to(dtype), f"{shape} -> {out}, {approximate}")
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_linear_that_reads_a_gelu(dtype, target):
+    """The gradient of the GELU ends the product for it; weights by rows and by columns."""
+    driver.set_active(Machine(target, processors=2))
+    for (shape, hidden), approximate, columns in itertools.product(PRODUCTS, ("none", "tanh"), (False, True)):
+        if approximate == "tanh" and columns:
+            continue
+        for out in (5, 72):
+            leaves = mlp_leaves(dtype, shape, hidden, out)
+            weight = (lambda v: v.t().contiguous().t()) if columns else (lambda v: v)
+            with served(*AHEAD):
+                what = f"{shape} -> {hidden} -> {out}, {approximate}"
+                compare_mlp(leaves, torch.randn(*shape[:-1], out), what, approximate, weight)
+
+
+def test_layouts_of_a_linear_that_reads_a_gelu():
+    g, weight, pre = (torch.randn(s).half() for s in ((3, 4, 16), (16, 24), (3, 4, 24)))
+    cases = [(*case, pre, f"gradient {name}") for name, t in layouts(g).items() for case in [(t, weight)]]
+    cases += [(g, t, pre, f"weight {name}") for name, t in layouts(weight).items()]
+    cases += [(g, weight, t, f"input {name}") for name, t in layouts(pre).items()]
+    for grad_out, w, x, what in cases:
+        found = torch.ops.nnfast.gelu_linear_backward(grad_out, w, x)
+        exact = grad_out.double() @ w.double()
+        leaf = double(x).requires_grad_()
+        (exact_pre,) = torch.autograd.grad(reference.gelu(leaf), leaf, exact)
+        torchs = (grad_out.float() @ w.float()).half()
+        torchs_pre = torch.ops.aten.gelu_backward(torchs, x.contiguous())
+        for ours, other, true in zip(
+            found, (torchs, torchs_pre, torchs_pre.sum((0, 1))), (exact, exact_pre, exact_pre.sum((0, 1))), strict=True
+        ):
+            assert_close(ours, other, true, what, scale=1)
 
 
 def test_linear_gelu_layouts():

@@ -35,6 +35,7 @@ def test_what_is_compiled_for_what():
         "clip_grad.cu": gpu.ARCHS,
         "layer_norm.cu": gpu.ARCHS,
         "linear_gelu.cu": gpu.ARCHS,
+        "linear_gelu_backward_sm90a.cu": ("90a",),
         "linear_gelu_sm90a.cu": ("90a",),
         "rmsprop.cu": gpu.ARCHS,
         "sgd.cu": gpu.ARCHS,
@@ -81,11 +82,15 @@ def test_instruction_counts():
         /*0000*/ @!P0 STG.E.128 desc[UR4][R2.64], R4 ;
         /*0010*/ F2F.BF16.F32 R4, R5 ;
         /*0020*/ NOP ;
+        /*0030*/ @P0 BRA 0x0010 ;
+        /*0040*/ @!P1 BRA.U 0x0000 ;
+        /*0050*/ BRA 0x0060 ;
+        /*0060*/ BRA 0x0060 ;
     """
-    none = dict.fromkeys(gpu.INSTRUCTIONS, 0)
+    none = {**dict.fromkeys(gpu.INSTRUCTIONS, 0), "longest loop": 0}
     assert gpu.instruction_counts(sass) == {
         "_ZN1a8x_kernelE": {**none, "HGMMA": 1, "16-byte loads": 2, "instructions": 4},
-        "_ZN1a8y_kernelE": {**none, "16-byte stores": 1, "F2F": 1, "instructions": 2},
+        "_ZN1a8y_kernelE": {**none, "16-byte stores": 1, "F2F": 1, "instructions": 6, "longest loop": 4},
     }
 
 
@@ -99,11 +104,13 @@ def test_a_slip_is_found():
     assert gpu.slipped("_ZN1a28layer_norm_bwd_affine_kernelE", {**wide, "16-byte stores": 0}) == []
     assert gpu.slipped("_ZN1a16sum_parts_kernelE", dict.fromkeys(gpu.INSTRUCTIONS, 0)) == []
     rows = "_ZN1a21layer_norm_fwd_kernelI13__nv_bfloat16S3_NS1_4HeldILi32ELi8EEELb1ELb1EEEvNS0_16LayerNormForwardEf"
-    assert gpu.row_clocks(rows, 240) == (60, 1024 / gpu.BYTES_A_CLOCK)
+    assert gpu.row_clocks(rows, {"instructions": 240}) == (60, 1024 / gpu.BYTES_A_CLOCK)
     assert gpu.slipped(rows, {**wide, "instructions": 240}) == []
     assert "63 clocks to issue a row, 62 for its bytes" in gpu.slipped(rows, {**wide, "instructions": 252})[0]
-    elements = rows.replace("Lb1ELb1", "Lb0ELb0")
-    assert gpu.slipped(elements, dict.fromkeys(gpu.INSTRUCTIONS, 0)) == []
+    backward = rows.replace("fwd", "bwd").replace("Lb1ELb1", "Lb1ELb0")
+    assert gpu.row_clocks(backward, {"longest loop": 240}) == (60, 1536 / gpu.BYTES_A_CLOCK)
+    for elements in (rows.replace("Lb1ELb1", "Lb0ELb0"), backward.replace("Lb1ELb0", "Lb0ELb1")):
+        assert gpu.slipped(elements, dict.fromkeys(gpu.INSTRUCTIONS, 0)) == []
 
 
 @pytest.mark.skipif(gpu.toolkit() is None, reason="no CUDA toolkit here; make compile-gpu brings one")

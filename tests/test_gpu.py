@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from common import HALF, assert_close, double
+from common import served as paths_taken
 from test_adamw import exact, train
 from test_layer_norm import compare as compare_layer_norm
 from test_layer_norm import run as run_layer_norm
+from test_linear_gelu import AHEAD, compare_mlp
 from test_linear_gelu import compare as compare_linear_gelu
 from test_linear_gelu import run as run_linear_gelu
 
@@ -93,6 +95,19 @@ def test_linear_gelu(served, dtype, approximate):
         x, weight, bias = (gpu(*s, dtype=dtype, grad=True) for s in ((rows, depth), (cols, depth), (cols,)))
         args = x, weight, bias if has_bias else None, approximate
         compare_linear_gelu(args, gpu(rows, cols, dtype=dtype), f"{rows} x {depth} -> {cols}")
+
+
+@pytest.mark.parametrize("by_columns", [False, True])
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_linear_that_reads_a_gelu(kernels, served, dtype, approximate, by_columns):
+    served("gelu_linear_backward" if kernels == "triton" else "linear")
+    for rows, width, hidden, out in ((1, 8, 8, 8), (70, 77, 301, 45), (1000, 136, 264, 72), (4096, 768, 3072, 768)):
+        sizes = (rows, width), (hidden, width), (hidden,), (out, hidden), (out,)
+        leaves = [gpu(*s, dtype=dtype, grad=True) for s in sizes]
+        weight = (lambda v: v.t().contiguous().t()) if by_columns else (lambda v: v)
+        with paths_taken(*AHEAD):
+            compare_mlp(leaves, gpu(rows, out), f"{rows} x {width} -> {hidden} -> {out}", approximate, weight)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +266,11 @@ def test_autocast(served):
         assert output.dtype == torch.bfloat16
         output.sum().backward()
     assert linear.weight.grad.dtype == torch.float32
+    served("layer_norm")
+    for (rows, size), dtype in itertools.product([(37, 64), (37, 300), (1000, 1024), (50, 8192), (5, 20001)], HALF):
+        args = gpu(rows, size, dtype=dtype, grad=True), (size,), *(gpu(size, grad=True) for _ in "wb"), 1e-5
+        with torch.autocast("cuda", dtype=dtype):
+            compare_layer_norm(args, gpu(rows, size), f"{rows} x {size} to float32")
 
 
 def test_what_torch_refuses_is_torchs(served):

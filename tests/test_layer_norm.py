@@ -57,11 +57,16 @@ def run(function, args, grad_out):
     return [output, *torch.autograd.grad(output, leaves, grad_out)]
 
 
-def compare(args, grad_out, what):
+def to_float32(*args):
+    """Ours as a GPU's autocast calls it: 16 bits come in and float32 goes out."""
+    return torch.ops.nnfast.layer_norm(*args, dtype=torch.float32)[0]
+
+
+def compare(args, grad_out, what, ours=F.layer_norm, torchs=TF.layer_norm):
     exact = [double(a) if isinstance(a, torch.Tensor) else a for a in args]
     results = (
-        run(F.layer_norm, args, grad_out),
-        run(TF.layer_norm, args, grad_out),
+        run(ours, args, grad_out),
+        run(torchs, args, grad_out),
         run(reference.layer_norm, exact, grad_out.double()),
     )
     for name, ours, torchs, true in zip(("output", "input", "weight", "bias"), *results, strict=False):
@@ -83,6 +88,48 @@ def test_float_weight_beside_16_bit_input(dtype):
     for input, shape, weight, bias, eps in sample_inputs(dtype):
         affine = [None if t is None else t.detach().float().requires_grad_() for t in (weight, bias)]
         compare((input, shape, *affine, eps), torch.randn_like(input), f"{tuple(input.shape)}")
+
+
+def compare_to_float32(args, grad_out, what):
+    """From 16 bits to float32, beside a cast and torch's LayerNorm; the gradient of the input is rounded once."""
+    input, shape, weight, bias, eps = args
+    affine = [None if t is None else t.detach().float().requires_grad_(t.requires_grad) for t in (weight, bias)]
+    args = input, shape, *affine, eps
+    compare(args, grad_out.float(), what, to_float32, lambda x, *rest: TF.layer_norm(x.float(), *rest))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", HALF)
+def test_16_bits_to_float32(dtype):
+    """L7: what autocast asks for on a GPU; its double backward, and an input that is changed afterwards."""
+    for args in sample_inputs(dtype):
+        compare_to_float32(args, torch.randn_like(args[0]), f"{tuple(args[0].shape)}")
+    x, w = torch.randn(4, 9).to(dtype).requires_grad_(), torch.randn(9).requires_grad_()
+    results = []
+    for f, a, b in (
+        (to_float32, x, w),
+        (lambda x, *rest: TF.layer_norm(x.float(), *rest), x, w),
+        (reference.layer_norm, double(x), double(w)),
+    ):
+        (first,) = torch.autograd.grad(f(a, (9,), b, None, 1e-5).square().sum(), a, create_graph=True)
+        results.append(torch.autograd.grad(first.square().sum(), (a, b)))
+    for ours, torchs, exact in zip(*results, strict=True):
+        assert_close(ours, torchs, exact)
+    leaf = x * 1
+    output = to_float32(leaf, (9,), w, None, 1e-5)
+    expected = torch.autograd.grad(output.square().sum(), (x, w), retain_graph=True)
+    leaf.add_(1)  # torch has saved what autocast made of it
+    for a, b in zip(torch.autograd.grad(output.square().sum(), (x, w)), expected, strict=True):
+        assert torch.equal(a, b)
+    for refused in ((x, (9,), w.to(dtype), None), (x.float(), (9,), w, None), (x.double(), (9,), None, None)):
+        out = dtype if refused[0].dtype != dtype else torch.float32
+        with pytest.raises(NotImplementedError, match="does not cover"):
+            torch.ops.nnfast.layer_norm(*refused, 1e-5, dtype=out)
+    opcheck = torch.library.opcheck
+    opcheck(torch.ops.nnfast.layer_norm.default, (x.detach(), (9,), w, None, 1e-5), {"dtype": torch.float32})
+    _, stats = torch.ops.nnfast.layer_norm(x.detach(), (9,), w, None, 1e-5, dtype=torch.float32)
+    args = (torch.randn(4, 9), x.detach(), (9,), stats, w, None, (True, True, False))
+    opcheck(torch.ops.nnfast.layer_norm_backward.default, args)
 
 
 @pytest.mark.usefixtures("cpu_kernels")

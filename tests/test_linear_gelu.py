@@ -7,9 +7,10 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, assert_close, double, layouts, rms, served, thresholds
+from common import DTYPES, HALF, assert_close, double, layouts, rms, served, thresholds
 from torch.utils.checkpoint import checkpoint
 
+import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 from nnfast import reference
@@ -514,3 +515,221 @@ def test_transformer_encoder_layer():
             torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
         stacked = torch.nn.TransformerEncoder(ours, 2)
         assert all(isinstance(m, nn.TransformerEncoderLayer) for m in stacked.layers) and stacked(x).shape == x.shape
+
+
+# ---- a Linear that reads a GELU, and works its gradient out ahead where a kernel ends the product so ----
+
+
+@pytest.fixture
+def works_ahead():
+    """A GPU's kernel of ``gelu_linear_backward``, for which the ops of a CPU stand in."""
+    library = torch.library.Library("nnfast", "IMPL")
+
+    def backward(grad_output, weight, self, *, approximate="none"):
+        grad = (grad_output @ weight).contiguous()
+        return grad, *torch.ops.nnfast.gelu_backward_sum(grad, self.contiguous(), approximate=approximate)
+
+    library.impl("gelu_linear_backward", backward, "CPU")
+    yield
+    library._destroy()
+
+
+AHEAD = ("linear_backward.gelu_worked_ahead", "gelu_backward.found_ahead")
+
+
+def mlp(linear, gelu, approximate="none", between=lambda h: h):
+    def call(x, w, b, v, c):
+        return linear(between(gelu(linear(x, w, b), approximate=approximate)), v, c)
+
+    return call
+
+
+def mlp_leaves(dtype, shape=(5, 7), hidden=9, out=6):
+    sizes = shape, (hidden, shape[-1]), (hidden,), (out, hidden), (out,)
+    return [torch.randn(s, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes]
+
+
+def compare_mlp(leaves, grad_out, what, approximate="none", weight=lambda v: v):
+    """Of the MLP, ours, torch's and in float64; ``weight``: how the second one lies."""
+    kinds = (F.linear, F.gelu, leaves), (TF.linear, TF.gelu, leaves), (TF.linear, reference.gelu, map(double, leaves))
+    results = []
+    for linear, gelu, own in kinds:
+        x, w, b, v, c = own = list(own)
+        if gelu is reference.gelu:
+            gelu = lambda x, approximate: reference.gelu(x, approximate)  # noqa: E731
+        output = mlp(linear, gelu, approximate)(x, w, b, weight(v), c)
+        wanted = [t for t in own if t.requires_grad]
+        results.append([output, *torch.autograd.grad(output, wanted, grad_out.to(output.dtype))])
+    for k, (ours, torchs, true) in enumerate(zip(*results, strict=True)):
+        assert_close(ours, torchs, true, f"{what}: {k}")
+
+
+@pytest.mark.usefixtures("cpu_kernels", "works_ahead")
+@pytest.mark.parametrize("approximate", APPROXIMATE)
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_linear_that_reads_a_gelu(dtype, approximate):
+    """Values and gradients; the bias's sums go on to the first Linear."""
+    for shape, hidden, out in (((5, 7), 9, 6), ((2, 3, 16), 64, 24), ((7,), 3, 2), ((0, 7), 5, 3)):
+        leaves = mlp_leaves(dtype, shape, hidden, out)
+        with served(*AHEAD, "linear_backward.sums_found"):
+            compare_mlp(leaves, torch.randn(*shape[:-1], out), f"{shape} {hidden} {out}", approximate)
+
+
+@pytest.mark.usefixtures("cpu_kernels", "works_ahead")
+def test_a_gradient_worked_ahead_is_only_ever_a_saving():
+    """X2: whatever stands between, reads or changes on the way gets what torch's graph gives; to the bit, twice."""
+    leaves = mlp_leaves(torch.bfloat16)
+    seen = []
+
+    def keeps(h):
+        h.retain_grad()
+        seen.append(h)
+        return h
+
+    def hooked(hook):
+        def between(h):
+            h.register_hook(hook)
+            return h
+
+        return between
+
+    def node_hooked(h):
+        h.grad_fn.register_prehook(lambda grads: (grads[0] * 2,))
+        return h
+
+    def posted(h):
+        h.grad_fn.register_hook(lambda inputs, outputs: (inputs[0] * 3,))
+        return h
+
+    def in_place(grad):
+        grad.mul_(2)
+
+    def in_data(grad):
+        grad.data.mul_(2)
+
+    betweens = {
+        "nothing": lambda h: h,
+        "kept": keeps,
+        "a hook": hooked(lambda g: g * 2),
+        "a hook in place": hooked(in_place),
+        "a hook behind autograd's back": hooked(in_data),
+        "a hook that looks": hooked(lambda g: seen.append(g)),
+        "a prehook of the node": node_hooked,
+        "a hook after the node": posted,
+        "two readers": lambda h: h + 0 * h,
+        "a view": lambda h: h.view(-1, 9),
+        "the hidden changed": lambda h: h.mul_(2),
+        "dropout": lambda h: TF.dropout(h, 0.0),
+        "detached": lambda h: h.detach().requires_grad_(),
+    }
+    for name, between in betweens.items():
+        results, looked = [], []
+        for linear, gelu in ((F.linear, F.gelu), (TF.linear, TF.gelu)):
+            seen.clear()
+            output = mlp(linear, gelu, between=between)(*leaves)
+            for _ in range(2):
+                grads = torch.autograd.grad(
+                    output.square().sum(), leaves, retain_graph=True, allow_unused=name == "detached"
+                )
+            results.append([output, *(g for g in grads if g is not None)])
+            looked.append([t.grad if t.grad_fn is not None else t for t in seen])
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(*looked, rtol=0.05, atol=0.05, msg=lambda m, name=name: f"{name}: {m}")
+
+    # Two readers of the GELU's output; what it gives is asked for itself; a Linear whose hook changes what it sends.
+    before = native.paths()[AHEAD[1]]
+    for case in ("two Linears", "asked for", "hook"):
+        results = []
+        for linear, gelu in ((F.linear, F.gelu), (TF.linear, TF.gelu)):
+            x, w, b, v, c = leaves
+            h = gelu(linear(x, w, b))
+            y = linear(h, v, c)
+            if case == "hook":
+                y.grad_fn.register_hook(lambda inputs, outputs: tuple(t if t is None else 2 * t for t in inputs))
+                results.append([t.shape for t in torch.autograd.grad(y.sum(), leaves)])
+            elif case == "asked for":
+                results.append(torch.autograd.grad(y.sum(), (h, v)))
+            else:
+                results.append(torch.autograd.grad((y + linear(h, v, None)).sum(), leaves))
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05) if case != "hook" else None
+    assert native.paths()[AHEAD[1]] == before
+
+
+@pytest.mark.usefixtures("cpu_kernels", "works_ahead")
+def test_a_gradient_worked_ahead_again_and_twice():
+    """Checkpointing, hooks on what is saved, frozen weights, the second derivative."""
+    leaves = mlp_leaves(torch.bfloat16)
+    ours, torchs = mlp(F.linear, F.gelu), mlp(TF.linear, TF.gelu)
+    with served(*AHEAD):
+        again = [
+            torch.autograd.grad(checkpoint(ours, *leaves, use_reentrant=False).sum(), leaves),
+            torch.autograd.grad(ours(*leaves).sum(), leaves),
+        ]
+    assert all(map(torch.equal, *again))
+    packed, unpacked = [], []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(1) or t, lambda t: unpacked.append(1) or t),
+        served(*AHEAD),
+    ):
+        torch.autograd.grad(ours(*leaves).sum(), leaves)
+    assert len(packed) == len(unpacked), "what is saved is unpacked once"
+    for mask in itertools.product((True, False), repeat=5):
+        if any(mask):
+            for t, wanted in zip(leaves, mask, strict=True):
+                t.requires_grad_(wanted)
+            wanted = [t for t in leaves if t.requires_grad]
+            results = [torch.autograd.grad(f(*leaves).square().sum(), wanted) for f in (ours, torchs)]
+            torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
+    for t in leaves:
+        t.requires_grad_()
+    second = []
+    for f in (ours, torchs):
+        first = torch.autograd.grad(f(*leaves).square().sum(), leaves, create_graph=True)
+        second.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+    torch.testing.assert_close(*second, rtol=0.1, atol=1.0)
+
+
+@pytest.mark.torch_serves("on a CPU it is torch's ops")
+def test_gelu_linear_backward_checks_what_it_reads():
+    g, weight, pre = torch.randn(2, 3, 4), torch.randn(4, 5), torch.randn(2, 3, 5)
+    op = torch.ops.nnfast.gelu_linear_backward
+    torch.library.opcheck(op.default, (g, weight, pre), {"approximate": "tanh"})
+    grad, grad_pre, sums = op(g, weight, pre)
+    torch.testing.assert_close(grad, g @ weight)
+    torch.testing.assert_close(grad_pre, torch.ops.aten.gelu_backward(g @ weight, pre))
+    torch.testing.assert_close(sums, grad_pre.sum((0, 1)))
+    for bad in ((g[0], weight, pre), (g, weight.t(), pre), (g, weight, pre[:, :2]), (g, weight.half(), pre)):
+        for guard in (torch.no_grad, torch.enable_grad):
+            with guard(), pytest.raises(RuntimeError, match="a Linear that reads a GELU"):
+                op(*bad)
+
+
+@pytest.mark.usefixtures("works_ahead")
+def test_models_in_which_a_linear_reads_a_gelu(cpu_kernels):
+    """Whoever calls the modules; not where dropout stands between."""
+
+    def layer(library, p):
+        return library.TransformerEncoderLayer(16, 2, 32, dropout=p, activation="gelu", batch_first=True)
+
+    def sequential(library):
+        return library.Sequential(library.Linear(16, 32), library.GELU("tanh"), library.Linear(32, 16))
+
+    def count():
+        return native.paths()[AHEAD[1]]
+
+    makes = [lambda library: layer(library, 0.0), sequential]
+    for make, how in itertools.product(makes, ("ours", "accelerated")):
+        torch.manual_seed(0)
+        theirs = make(torch.nn).bfloat16()
+        ours = make(nn).bfloat16() if how == "ours" else nnfast.accelerate(make(torch.nn).bfloat16())
+        ours.load_state_dict(theirs.state_dict())
+        x, results = torch.randn(3, 5, 16).bfloat16(), []
+        with served(*AHEAD):
+            for model in (ours, theirs):
+                model(x).float().square().sum().backward()
+                results.append([p.grad for p in model.parameters()])
+        torch.testing.assert_close(*results, rtol=0.1, atol=0.5)
+    before = count()
+    layer(nn, 0.5).bfloat16()(torch.randn(3, 5, 16).bfloat16()).sum().backward()
+    sequential(nn)(torch.randn(3, 16)).sum().backward()  # products in float32 are not for it
+    assert count() == before

@@ -21,6 +21,9 @@ REGISTER_FILE = {"sm_80": 65536, "sm_90": 65536, "sm_100": 65536, "gfx942": 1310
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 
 
+PRODUCTS = "linear_gelu_fwd_kernel", "gelu_linear_bwd_kernel"
+
+
 def run(*command: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], env={**os.environ, **env}, capture_output=True, text=True)
 
@@ -51,8 +54,8 @@ def test_every_kernel_fits(compiled, target):
     names = {kernel["name"] for kernel in compiled[target]}
     assert names == {
         "layer_norm_fwd_kernel", "layer_norm_fwd_long_kernel", "layer_norm_bwd_kernel", "layer_norm_bwd_long_kernel",
-        "linear_gelu_fwd_kernel", "gelu_bwd_kernel", "adamw_kernel", "adamw_scalars_kernel", "sum_rows_kernel",
-        "norm_kernel", "scale_kernel",
+        "linear_gelu_fwd_kernel", "gelu_bwd_kernel", "gelu_linear_bwd_kernel", "adamw_kernel",
+        "adamw_scalars_kernel", "sum_rows_kernel", "norm_kernel", "scale_kernel",
     }  # fmt: skip
     for kernel in compiled[target]:
         assert kernel["spills"] == 0, kernel
@@ -80,7 +83,7 @@ def test_resident_programs_are_resident(compiled, target):
 def test_16_bytes_at_a_time(compiled, target):
     """Wherever rows are whole multiples of 16 bytes: loads, or copies to shared memory, and stores."""
     for kernel in compiled[target]:
-        if kernel["aligned"] and kernel["name"] not in ("linear_gelu_fwd_kernel", "adamw_scalars_kernel"):
+        if kernel["aligned"] and kernel["name"] not in (*PRODUCTS, "adamw_scalars_kernel"):
             assert kernel["wide_loads"] > 0, kernel
             assert kernel["wide_stores"] > 0 or kernel["name"] in ("sum_rows_kernel", "norm_kernel"), kernel
 
@@ -88,6 +91,6 @@ def test_16_bytes_at_a_time(compiled, target):
 @pytest.mark.parametrize("target, instruction", {"sm_90": "wgmma", "sm_100": "tcgen05", "sm_80": "mma"}.items())
 def test_matrix_instructions(compiled, target, instruction):
     """The product runs on the tensor cores as each generation wants it, fed by TMA where there is one."""
-    products = [k for k in compiled[target] if k["name"] == "linear_gelu_fwd_kernel"]
-    assert products and all(k["matrix"] == instruction for k in products)
+    products = [k for k in compiled[target] if k["name"] in PRODUCTS]
+    assert {k["name"] for k in products} == {*PRODUCTS} and all(k["matrix"] == instruction for k in products)
     assert {k["tma"] for k in products if k["aligned"]} == {target != "sm_80"}

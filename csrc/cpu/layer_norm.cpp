@@ -22,9 +22,12 @@ OptTensor contiguous(const OptTensor& t) { return defined(t) ? OptTensor(t->cont
 const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() : nullptr; }
 
 std::tuple<Tensor, Tensor> layer_norm_cpu(
-    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_,
-    double eps) {
-  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias_, cpu_kernels());
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_, double eps,
+    std::optional<at::ScalarType> dtype) {
+  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias_, dtype, cpu_kernels());
+  // Nothing on a CPU asks for this: autocast there leaves layer_norm alone.
+  if (dtype.value_or(input.scalar_type()) != input.scalar_type())
+    return layer_norm_cpu(input.to(*dtype), normalized_shape, weight_, bias_, eps, dtype);
   forward.taken();
   const OptTensor weight = contiguous(weight_), bias = contiguous(bias_);
   const Rows x = rows_of(input, size, normalized_shape.size());
@@ -51,8 +54,15 @@ std::tuple<Tensor, Tensor> layer_norm_cpu(
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
     const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats_,
     const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
-  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias, cpu_kernels());
+  const auto wide = float_beside(input, grad_out);
+  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias, wide, cpu_kernels());
   check_layer_norm_backward(grad_out, input, c10::fromIntArrayRefSlow(normalized_shape), stats_);
+  if (wide) {
+    auto grads =
+        layer_norm_backward_cpu(grad_out, input.to(*wide), normalized_shape, stats_, weight_, bias, output_mask);
+    if (output_mask[0]) std::get<0>(grads) = std::get<0>(grads).to(input.scalar_type());
+    return grads;
+  }
   backward.taken();
   const OptTensor weight = contiguous(weight_);
   const Tensor stats = stats_.contiguous();

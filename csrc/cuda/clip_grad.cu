@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(kStepThreads) norm_kernel(const __grid_constan
     });
   };
   Any(t.grad, t.grad_dtype).visit(add);
-  sum_over_threads<kStepThreads, 1, 0>(s);
+  sum_over_threads<kStepThreads>(s);
 
   __shared__ bool last;
   if (threadIdx.x == 0) {

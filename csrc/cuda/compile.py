@@ -169,7 +169,17 @@ def instruction_counts(sass: str) -> dict[str, dict[str, int]]:
     for part in re.split(r"\n\s*Function : ", sass)[1:]:
         name = part.split("\n", 1)[0].strip()
         counts[name] = {label: len(re.findall(pattern, part)) for label, pattern in INSTRUCTIONS.items()}
+        counts[name]["longest loop"] = longest_loop(part)
     return counts
+
+
+def longest_loop(sass: str) -> int:
+    """The instructions of the longest stretch that a jump goes back over."""
+    instruction = INSTRUCTIONS["instructions"].replace("[0-9a-f]{4,}", "([0-9a-f]{4,})")
+    at = [int(address, 16) for address in re.findall(instruction, sass)]
+    jumps = re.findall(r"/\*([0-9a-f]{4,})\*/ +(?:@!?\w+ +)?BRA\b[^;]*\b0x([0-9a-f]+)", sass)
+    spans = [(int(to, 16), int(source, 16)) for source, to in jumps]
+    return max((sum(first <= a <= last for a in at) for first, last in spans if first < last), default=0)
 
 
 def problems(kernels: dict[str, dict], warnings: list[str]) -> list[str]:
@@ -195,7 +205,11 @@ IN_DOUBLE = {"adamw_kernel", "sgd_kernel", "rmsprop_kernel", "norm_kernel"}
 
 def by_elements(mangled: str) -> bool:
     """Whether an instance is for rows that do not lie on 16 bytes."""
-    return "layer_norm_fwd_kernel" in mangled and "EELb0ELb0EE" in mangled
+    return (
+        "layer_norm_fwd_kernel" in mangled
+        and "EELb0ELb0EE" in mangled
+        or bool(re.search(r"layer_norm_bwd_kernel\w*EELb0ELb[01]EE", mangled))
+    )
 
 
 def slipped(mangled: str, counts: dict[str, int]) -> list[str]:
@@ -206,7 +220,7 @@ def slipped(mangled: str, counts: dict[str, int]) -> list[str]:
     found = [] if by_elements(mangled) else [f"{name}: no {k}" for k, wide in wanted.items() if wide and not counts[k]]
     if counts["F2F"] > 1 and name in WIDE_LOADS - IN_DOUBLE:  # one: eps comes in double
         found.append(f"{name}: {counts['F2F']} F2F ({mangled})")
-    clocks = row_clocks(mangled, counts["instructions"])
+    clocks = row_clocks(mangled, counts)
     if clocks and clocks[0] > clocks[1]:
         found.append("{}: {:.0f} clocks to issue a row, {:.0f} for its bytes ({})".format(name, *clocks, mangled))
     return found
@@ -216,14 +230,18 @@ def slipped(mangled: str, counts: dict[str, int]) -> list[str]:
 BYTES_A_CLOCK, SLOTS_A_CLOCK = 16.4, 4
 
 
-def row_clocks(mangled: str, instructions: int) -> tuple[float, float] | None:
-    """LayerNorm forward in bfloat16 over full rows, which issues most for its bytes: the clocks of a multiprocessor
-    that a row's instructions take, and its bytes. The kernel runs straight through, so each instruction counts once."""
-    held = re.search(r"layer_norm_fwd_kernelI13__nv_bfloat16S\w*_NS\w*_4HeldILi(\d+)ELi(\d+)EEELb1ELb1EE", mangled)
-    if held is None:
+def row_clocks(mangled: str, counts: dict[str, int]) -> tuple[float, float] | None:
+    """LayerNorm in bfloat16 over full rows by vectors, which issues most for its bytes: the clocks of a multiprocessor
+    that a row's instructions take, and its bytes. Forward runs straight through, so each instruction counts once;
+    backward is a loop over rows. Of a cluster: the part of a row that is a block's."""
+    kind = r"layer_norm_(fwd|bwd)_kernelI13__nv_bfloat16S\w*_NS\w*_4HeldILi(\d+)ELi(\d+)EEELb1ELb([01])EE"
+    held = re.search(kind, mangled)
+    if held is None or held[1] == "fwd" and held[4] == "0":
         return None
-    threads, elements = map(int, held.groups())
-    return instructions * threads / 32 / SLOTS_A_CLOCK, 2 * 2 * threads * elements / BYTES_A_CLOCK
+    forward, (threads, elements) = held[1] == "fwd", map(int, held.groups()[1:3])
+    instructions = counts["instructions" if forward else "longest loop"]
+    tensors = 2 if forward else 3  # x and output; both gradients and x
+    return instructions * threads / 32 / SLOTS_A_CLOCK, 2 * tensors * threads * elements / BYTES_A_CLOCK
 
 
 def span(values: Iterable[int]) -> str:
@@ -305,7 +323,7 @@ def main() -> int:
                 if name in counts:
                     if arch == "90a":  # what the budgets are of; the others say it in other instructions
                         failures += [f"{what}: {problem}" for problem in slipped(name, counts[name])]
-                        if clocks := row_clocks(name, counts[name]["instructions"]):
+                        if clocks := row_clocks(name, counts[name]):
                             rows_issued.append((name, *clocks))
                     groups[kernel_name(name)].append({**k, **counts[name]})
             for name, group in groups.items():
@@ -315,9 +333,11 @@ def main() -> int:
     table = Table("file", "for", "kernel", "instances", "registers", "shared", "spilled", *INSTRUCTIONS)
     for row in sorted(rows):
         table.add_row(*row)
-    for name, issue, memory in sorted(rows_issued, key=lambda r: r[2]):
+    for name, issue, memory in sorted(rows_issued, key=lambda r: ("bwd" in r[0], r[2])):
+        way = "forward" if "fwd" in name else "backward"
         held = "x".join(re.search(r"HeldILi(\d+)ELi(\d+)", name).groups())
-        console.print(f"LayerNorm forward, bf16, {held} a row: {issue:.0f} clocks to issue, {memory:.0f} for its bytes")
+        held += " by each block of a cluster" if "bwd" in name and "ELb1ELb1E" in name else ""
+        console.print(f"LayerNorm {way}, bf16, {held} a row: {issue:.0f} clocks to issue, {memory:.0f} for its bytes")
     console.print(table, f"{time.perf_counter() - start:.0f} s")
     for failure in failures:
         console.print(failure, style="red", markup=False, soft_wrap=True)

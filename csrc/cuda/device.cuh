@@ -1,15 +1,26 @@
 // What the kernels share: 16-byte accesses, a row over the registers of several threads, sums over rows.
 #pragma once
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
 #include "kernels.h"
+
+// Thread block clusters, and launches that overlap: in code that was compiled for a GPU that has them.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define NNFAST_HOPPER 1
+#else
+#define NNFAST_HOPPER 0
+#endif
 
 namespace nnfast::cuda {
 
@@ -31,15 +42,100 @@ auto visit(DType t, Body body) {
 
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// How a kernel is launched. Blocks of a cluster: they run at the same time and see each other's shared memory.
+// Overlaps: it may start before the kernel before it has ended, and waits for that one by after_the_kernel_before().
+struct Launch {
+  dim3 grid;
+  int block;
+  size_t shared;
+  cudaStream_t stream;
+  int cluster = 1;
+  bool overlaps = false;
+};
+class LaunchConfig {
+ public:
+  explicit LaunchConfig(const Launch& how) {
+    config_.gridDim = how.grid;
+    config_.blockDim = dim3(how.block);
+    config_.dynamicSmemBytes = how.shared;
+    config_.stream = how.stream;
+    config_.attrs = attributes_;
+    if (how.cluster > 1) {
+      auto& a = attributes_[config_.numAttrs++];
+      a.id = cudaLaunchAttributeClusterDimension;
+      a.val.clusterDim = {static_cast<unsigned>(how.cluster), 1, 1};
+    }
+    if (how.overlaps) {
+      auto& a = attributes_[config_.numAttrs++];
+      a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      a.val.programmaticStreamSerializationAllowed = 1;
+    }
+  }
+  LaunchConfig(const LaunchConfig&) = delete;
+  const cudaLaunchConfig_t* operator&() const { return &config_; }
+
+ private:
+  cudaLaunchConfig_t config_{};
+  cudaLaunchAttribute attributes_[2]{};
+};
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), const Launch& how, const Args&... args) {
+  const LaunchConfig config(how);
+  return cudaLaunchKernelEx(&config, kernel, args...);
+}
 template <class... Params, class... Args>
 cudaError_t launch(
-    void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, const Args&... args) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = block;
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  return cudaLaunchKernelEx(&config, kernel, args...);
+    void (*kernel)(Params...), dim3 grid, int block, size_t shared, cudaStream_t stream, const Args&... args) {
+  return launch(kernel, Launch{grid, block, shared, stream}, args...);
+}
+
+// A number of each device, asked once. Two threads may ask at once, and find the same.
+class OfDevice {
+ public:
+  template <class Ask>
+  int operator()(Ask ask) {
+    int device = 0;
+    if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= static_cast<int>(known_.size())) return ask();
+    auto& known = known_[device];
+    if (!known) known = ask() + 1;
+    return known - 1;
+  }
+
+ private:
+  std::array<std::atomic<int>, 64> known_{};
+};
+
+inline int attribute(cudaDeviceAttr name) {
+  int device = 0, value = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&value, name, device);
+  return value;
+}
+
+// Whether what the current device runs of a kernel was compiled with NNFAST_HOPPER: a Hopper GPU may run the PTX of an
+// older one. All kernels are compiled for the same.
+template <class... Params>
+bool compiled_for_hopper(void (*kernel)(Params...)) {
+  static OfDevice known;
+  return known([&] {
+    cudaFuncAttributes found{};
+    const bool there = cudaFuncGetAttributes(&found, kernel) == cudaSuccess;
+    if (!there) cudaGetLastError();  // it is no error of a later call
+    return there && found.ptxVersion >= 90 ? 1 : 0;
+  });
+}
+
+// In a kernel that overlaps with the one before it: here that one has ended, and what it wrote is seen.
+__device__ inline void after_the_kernel_before() {
+#if NNFAST_HOPPER
+  cudaGridDependencySynchronize();
+#endif
+}
+// In the one before, by every block: the next may start as soon as there is room for it.
+__device__ inline void let_the_next_kernel_start() {
+#if NNFAST_HOPPER
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
 }
 
 // The shared memory of a block beyond what its kernel declares: as much as the launch says.
@@ -188,6 +284,36 @@ struct Columns {
       for (int e = 0; e < E; ++e) x[e] = inside(e) ? Out(row[column(e)]) : Out(0);
     }
   }
+  // The same in two steps, by vectors: fetch() starts a copy into `slots`, room for E elements of each thread of the
+  // block, and take() reads from there after __pipeline_wait_prior. A thread takes what it has fetched itself, so that
+  // no barrier is needed.
+  template <class U>
+  __device__ void fetch(const U* row, char* slots) const {
+#pragma unroll
+    for (int k = 0; k < E / V; ++k)
+      if (inside(k * V))
+#pragma unroll
+        for (int j = 0; j < V; j += kVector<U>)
+          __pipeline_memcpy_async(slot<U>(slots, k * V + j), row + column(k * V) + j, 16);
+  }
+  template <class U, class Out>
+  __device__ void take(char* slots, Out (&x)[E]) const {
+#pragma unroll
+    for (int k = 0; k < E / V; ++k)
+#pragma unroll
+      for (int j = 0; j < V; j += kVector<U>) {
+        Out piece[kVector<U>] = {};
+        if (inside(k * V)) cuda::load<kVector<U>>(slot<U>(slots, k * V + j), piece);
+#pragma unroll
+        for (int i = 0; i < kVector<U>; ++i) x[k * V + j + i] = piece[i];
+      }
+  }
+  // Vectors of 16 bytes, those of neighbours side by side.
+  template <class U>
+  static __device__ U* slot(char* slots, int e) {
+    return reinterpret_cast<U*>(slots + (e / kVector<U> * blockDim.x + threadIdx.x) * 16);
+  }
+
   template <class U, class In>
   __device__ void store(U* row, const In (&x)[E]) const {
     if (vectors) {
@@ -206,29 +332,60 @@ struct Columns {
   }
 };
 
-// The sums of K values each over `Threads` threads side by side, in a fixed order, for all of them. More threads than a
-// warp are the whole block; calls that may follow one another without a barrier between them take turns with `Slot`.
-template <int Threads, int K, int Slot>
-__device__ void sum_over_threads(float (&s)[K]) {
+// The sums of K values each over `Threads` threads side by side, at most a warp, in a fixed order, for all of them.
+template <int Threads, int K>
+__device__ void sum_over_lanes(float (&s)[K]) {
 #pragma unroll
-  for (int offset = std::min(Threads, 32) / 2; offset > 0; offset /= 2)
+  for (int offset = Threads / 2; offset > 0; offset /= 2)
 #pragma unroll
     for (int k = 0; k < K; ++k) s[k] += __shfl_xor_sync(~0u, s[k], offset);
+}
+
+// The same over more threads, who are the whole block. Calls that follow one another without a barrier between them
+// take turns with slot 0 and 1, or differ in K: whoever writes a slot again has met, in between, all who read it.
+template <int Threads, int K>
+__device__ void sum_over_threads(float (&s)[K], int slot = 0) {
+  sum_over_lanes<std::min(Threads, 32)>(s);
   if constexpr (Threads > 32) {
-    __shared__ float parts[Threads / 32][K];
+    __shared__ float parts[2][Threads / 32][K];
     if (threadIdx.x % 32 == 0)
 #pragma unroll
-      for (int k = 0; k < K; ++k) parts[threadIdx.x / 32][k] = s[k];
+      for (int k = 0; k < K; ++k) parts[slot][threadIdx.x / 32][k] = s[k];
     __syncthreads();
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       float sum = 0;
 #pragma unroll
-      for (int w = 0; w < Threads / 32; ++w) sum += parts[w][k];
+      for (int w = 0; w < Threads / 32; ++w) sum += parts[slot][w][k];
       s[k] = sum;
     }
   }
 }
+
+// The same over the blocks of a cluster, each of `Threads`: a warp writes its sums into the shared memory of every
+// block. Before the first call the blocks have met.
+constexpr int kMostBlocks = 8;  // of a cluster: as many as every GPU takes
+
+#if NNFAST_HOPPER
+template <int Threads, int K>
+__device__ void sum_over_cluster(const cooperative_groups::cluster_group& cluster, float (&s)[K], int slot) {
+  constexpr int kWarps = Threads / 32;
+  __shared__ float parts[2][K][kMostBlocks * kWarps];
+  const int lane = threadIdx.x % 32, blocks = cluster.num_blocks();
+  sum_over_lanes<32>(s);
+  if (lane < blocks)
+#pragma unroll
+    for (int k = 0; k < K; ++k)
+      *cluster.map_shared_rank(&parts[slot][k][cluster.block_rank() * kWarps + threadIdx.x / 32], lane) = s[k];
+  cluster.sync();
+#pragma unroll
+  for (int k = 0; k < K; ++k) s[k] = 0;
+  for (int i = lane; i < blocks * kWarps; i += 32)
+#pragma unroll
+    for (int k = 0; k < K; ++k) s[k] += parts[slot][k][i];
+  sum_over_lanes<32>(s);
+}
+#endif
 
 // ---- sums over rows, in two steps without atomics, so that a result repeats to the bit ----
 
@@ -281,6 +438,7 @@ constexpr int kSumLines = 16;
 template <class Out>
 __global__ void __launch_bounds__(32 * kSumLines)
     sum_parts_kernel(const float* parts, int64_t count, int64_t n, Out* first, Out* second) {
+  after_the_kernel_before();
   const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
   const int64_t column = int64_t(blockIdx.x) * 32 + lane;
   Out* out = blockIdx.y ? second : first;
@@ -305,9 +463,9 @@ inline cudaError_t sum_parts(
   if (!n || (!first && !second)) return cudaSuccess;
   return visit(out, [&](auto o) {
     using Out = decltype(o);
-    return launch(
-        sum_parts_kernel<Out>, dim3((n + 31) / 32, second ? 2 : 1), 32 * kSumLines, 0, stream, parts, count, n,
-        static_cast<Out*>(first), static_cast<Out*>(second));
+    const auto kernel = sum_parts_kernel<Out>;
+    const Launch how{dim3((n + 31) / 32, second ? 2 : 1), 32 * kSumLines, 0, stream, 1, compiled_for_hopper(kernel)};
+    return launch(kernel, how, parts, count, n, static_cast<Out*>(first), static_cast<Out*>(second));
   });
 }
 

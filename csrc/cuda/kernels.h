@@ -20,9 +20,10 @@ enum class DType : uint8_t { f32, bf16, f16 };  // float64 is torch's
 // Whether the current device runs what the kernels were compiled for: all of them for the same architectures.
 bool kernels_load();
 
-// Rows of `size` elements. Output rows are contiguous.
+// Rows of `size` elements. Output rows are contiguous. output_dtype: of all but the input and its gradient, theirs or
+// float beside 16 bits.
 struct LayerNormForward {
-  DType dtype, weight_dtype;
+  DType dtype, output_dtype;
   int64_t rows, size, input_stride;
   double eps;
   const void *input, *weight, *bias;  // weight and bias may be null
@@ -30,7 +31,7 @@ struct LayerNormForward {
   float *mean, *rstd;  // one a row
 };
 struct LayerNormBackward {
-  DType dtype, weight_dtype;
+  DType dtype, output_dtype;
   int64_t rows, size, grad_out_stride, input_stride;
   const void *grad_out, *input, *weight;
   const float *mean, *rstd;
@@ -68,6 +69,21 @@ struct LinearGelu {
 int64_t linear_gelu_workspace(const LinearGelu& f);  // bytes
 // What CUTLASS has to say against it, or null.
 const char* linear_gelu(const LinearGelu& f, void* workspace, cudaStream_t stream);
+
+// The backward of linear(gelu(pre), weight), in one kernel for sm_90a as above: grad = grad_out weight, grad_pre = grad
+// gelu'(pre), and the sum of grad_pre over the rows.
+struct GeluLinearBackward {
+  DType dtype;
+  bool tanh, by_columns;                // the weight lies as (in, out)
+  int64_t rows, in, out;                // in: of the Linear, the GELU's
+  const void *grad_out, *weight, *pre;  // (rows, out), (out, in), (rows, in)
+  void *grad, *grad_pre, *grad_bias;    // (rows, in) twice, (in)
+  int device;
+};
+// `parts` holds rows of `width` numbers, and so does grad_bias.
+int64_t gelu_linear_parts(const GeluLinearBackward& b), gelu_linear_width(const GeluLinearBackward& b);
+int64_t gelu_linear_workspace(const GeluLinearBackward& b);  // bytes
+const char* gelu_linear_backward(const GeluLinearBackward& b, float* parts, void* workspace, cudaStream_t stream);
 
 // ---- optimizers: one launch for all tensors of a group ----
 

@@ -17,23 +17,28 @@ OptTensor contiguous(const OptTensor& t) { return defined(t) ? OptTensor(t->cont
 const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() : nullptr; }
 void* data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-const Tensor& affine(const Tensor& input, const OptTensor& weight, const OptTensor& bias) {
-  return defined(weight) ? *weight : defined(bias) ? *bias : input;
+// What stands beside the input has one dtype: its own, or float where the output is.
+void check_beside(const OptTensor& weight, const OptTensor& bias, at::ScalarType output) {
+  for (const auto* t : {&weight, &bias})
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        !defined(*t) || (*t)->scalar_type() == output,
+        "nnfast::layer_norm: a weight in float beside 16 bits wants an output in float on a GPU");
 }
 
 std::tuple<Tensor, Tensor> layer_norm_cuda(
-    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_,
-    double eps) {
-  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias_);
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_, double eps,
+    std::optional<at::ScalarType> dtype) {
+  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias_, dtype);
+  check_beside(weight_, bias_, dtype.value_or(input.scalar_type()));
   const On on(input);
   const OptTensor weight = contiguous(weight_), bias = contiguous(bias_);
   const Rows x = rows_of(input, size, normalized_shape.size());
-  Tensor output = at::empty(input.sizes(), input.options());
+  Tensor output = at::empty(input.sizes(), input.options().dtype(dtype.value_or(input.scalar_type())));
   Tensor stats = at::empty({2, rows}, input.options().dtype(at::kFloat));
   C10_CUDA_CHECK(
       cuda::layer_norm(
-          {dtype_of(input), dtype_of(affine(input, weight, bias)), rows, size, x.stride, eps, x.tensor.const_data_ptr(),
-           data(weight), data(bias), output.mutable_data_ptr(), stats.mutable_data_ptr<float>(),
+          {dtype_of(input), dtype_of(output), rows, size, x.stride, eps, x.tensor.const_data_ptr(), data(weight),
+           data(bias), output.mutable_data_ptr(), stats.mutable_data_ptr<float>(),
            stats.mutable_data_ptr<float>() + rows},
           on.stream));
   return {output, stats};
@@ -42,8 +47,9 @@ std::tuple<Tensor, Tensor> layer_norm_cuda(
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
     const Tensor& grad_out, const Tensor& input, at::IntArrayRef normalized_shape, const Tensor& stats_,
     const OptTensor& weight_, const OptTensor& bias, std::array<bool, 3> output_mask) {
-  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias);
+  const auto [rows, size] = check_layer_norm(input, normalized_shape, weight_, bias, float_beside(input, grad_out));
   check_layer_norm_backward(grad_out, input, c10::fromIntArrayRefSlow(normalized_shape), stats_);
+  check_beside(weight_, bias, grad_out.scalar_type());
   const On on(input);
   const OptTensor weight = contiguous(weight_);
   const Tensor stats = stats_.contiguous();
@@ -55,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
   Tensor grad_weight = grad_of(weight, output_mask[1]), grad_bias = grad_of(bias, output_mask[2]);
   const LayerNormBackward b{
       dtype_of(input),
-      dtype_of(affine(input, weight, bias)),
+      dtype_of(grad_out),
       rows,
       size,
       g.stride,

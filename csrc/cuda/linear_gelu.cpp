@@ -77,6 +77,24 @@ Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = s
   return at::linear(input, weight, bias);
 }
 
+#ifdef NNFAST_SM90A
+bool by_rows(const Tensor& t) { return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
+
+// Whether this is a GPU, and a product of sizes, for CUTLASS's kernels; x is one of its operands.
+bool for_sm90a(const Tensor& x, int64_t rows, int64_t in, int64_t out) {
+  if (x.element_size() != 2 || rows == 0 || in == 0 || out == 0 || in % 8 || out % 8) return false;
+  if (std::max({rows, in, out}) > std::numeric_limits<int>::max()) return false;
+  int major = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device().index()));
+  return major == 9;
+}
+
+void check_cutlass(const char* error, const char* op) {
+  C10_CUDA_CHECK(cudaGetLastError());
+  TORCH_CHECK(!error, "nnfast::", op, ": CUTLASS: ", error);
+}
+#endif
+
 // Both outputs from the one kernel of linear_gelu_sm90a.cu, where it was built, this is its GPU, and TMA can read the
 // operands; x holds the rows of the input.
 std::optional<std::tuple<Tensor, Tensor>> fused(
@@ -84,15 +102,7 @@ std::optional<std::tuple<Tensor, Tensor>> fused(
     const On& on) {
 #ifdef NNFAST_SM90A
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
-  if (x.element_size() != 2 || rows == 0 || in == 0 || out == 0 || in % 8 || out % 8) return {};
-  if (std::max({rows, in, out}) > std::numeric_limits<int>::max()) return {};
-  const auto by_rows = [](const Tensor& t) {
-    return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
-  };
-  if (!by_rows(x) || !by_rows(weight) || (defined(bias) && !by_rows(*bias))) return {};
-  int major = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device().index()));
-  if (major != 9) return {};
+  if (!by_rows(x) || !by_rows(weight) || (defined(bias) && !by_rows(*bias)) || !for_sm90a(x, rows, in, out)) return {};
   Tensor output = at::empty(sizes, x.options()), pre = at::empty(sizes, x.options());
   const LinearGelu f{
       dtype_of(x),
@@ -107,13 +117,58 @@ std::optional<std::tuple<Tensor, Tensor>> fused(
       pre.mutable_data_ptr(),
       x.device().index()};
   const Tensor workspace = at::empty({linear_gelu_workspace(f)}, x.options().dtype(at::kByte));
-  const char* error = cuda::linear_gelu(f, workspace.mutable_data_ptr(), on.stream);
-  C10_CUDA_CHECK(cudaGetLastError());
-  TORCH_CHECK(!error, "nnfast::linear_gelu: CUTLASS: ", error);
+  check_cutlass(cuda::linear_gelu(f, workspace.mutable_data_ptr(), on.stream), "linear_gelu");
   return std::make_tuple(output, pre);
 #else
   return {};
 #endif
+}
+
+// All three gradients from the one kernel of linear_gelu_backward_sm90a.cu and the sum of its parts, in the same case.
+std::optional<std::tuple<Tensor, Tensor, Tensor>> fused_backward(
+    const Tensor& grad_output, const Tensor& weight_, const Tensor& self, c10::string_view approximate, const On& on) {
+#ifdef NNFAST_SM90A
+  const bool by_columns = !weight_.is_contiguous() && weight_.t().is_contiguous();
+  const Tensor weight = by_columns ? weight_.t() : weight_;
+  const int64_t out = weight_.size(0), in = weight_.size(1), rows = in ? self.numel() / in : 0;
+  if (!by_rows(grad_output) || !by_rows(weight) || !by_rows(self) || !for_sm90a(self, rows, in, out)) return {};
+  const Tensor grad = at::empty(self.sizes(), self.options()), grad_self = at::empty(self.sizes(), self.options());
+  GeluLinearBackward b{
+      dtype_of(self),
+      approximate == "tanh",
+      by_columns,
+      rows,
+      in,
+      out,
+      grad_output.const_data_ptr(),
+      weight.const_data_ptr(),
+      self.const_data_ptr(),
+      grad.mutable_data_ptr(),
+      grad_self.mutable_data_ptr(),
+      nullptr,
+      self.device().index()};
+  const int64_t width = gelu_linear_width(b);
+  const Tensor grad_bias = at::empty({width}, self.options());
+  b.grad_bias = grad_bias.mutable_data_ptr();
+  const Tensor parts = at::empty({gelu_linear_parts(b), width}, self.options().dtype(at::kFloat));
+  const Tensor workspace = at::empty({gelu_linear_workspace(b)}, self.options().dtype(at::kByte));
+  const char* error =
+      cuda::gelu_linear_backward(b, parts.mutable_data_ptr<float>(), workspace.mutable_data_ptr(), on.stream);
+  check_cutlass(error, "gelu_linear_backward");
+  return std::make_tuple(grad, grad_self, grad_bias.narrow(0, 0, in));
+#else
+  return {};
+#endif
+}
+
+std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_cuda(
+    const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate) {
+  check_gelu_linear_backward(grad_output, weight, self);
+  check(covers_gelu(self, approximate));
+  const On on(self);
+  if (auto grads = fused_backward(grad_output, weight, self, approximate, on)) return *grads;
+  const Tensor grad = gemm(grad_output, weight.t());
+  return std::tuple_cat(std::make_tuple(grad), gelu_backward_sum_cuda(grad, self, approximate));
 }
 
 std::tuple<Tensor, Tensor> linear_gelu_cuda(
@@ -135,6 +190,7 @@ TORCH_LIBRARY_IMPL(nnfast, CUDA, m) {
   m.impl("gelu", gelu_cuda);
   m.impl("gelu_backward", gelu_backward_cuda);
   m.impl("gelu_backward_sum", gelu_backward_sum_cuda);
+  m.impl("gelu_linear_backward", gelu_linear_backward_cuda);
   m.impl("linear_gelu", linear_gelu_cuda);
 }
 

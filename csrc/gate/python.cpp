@@ -100,6 +100,16 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
+// On a GPU a Linear's products are torch's in any case; recorded by us, its backward does that of a GELU that it reads,
+// in 16 bits.
+bool gains(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
+  if (input.is_cpu() || held) return true;
+  const auto device = input.device().type();
+  const bool cast = at::autocast::is_autocast_enabled(device);
+  return any_needs_grad(input, weight, bias) &&
+         at::isReducedFloatingType(cast ? at::autocast::get_autocast_dtype(device) : input.scalar_type());
+}
+
 // linear(input, weight, bias)
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -107,7 +117,8 @@ PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
-  if (!open_to(kLinear, 1, input, weight, bias) || !covers_linear(input, weight, bias)) Py_RETURN_NONE;
+  if (!gains(input, weight, bias) || !open_to(kLinear, 1, input, weight, bias) || !covers_linear(input, weight, bias))
+    Py_RETURN_NONE;
   return output_of([&] { return nnfast::linear(input, weight, bias); });
   END_HANDLE_TH_ERRORS
 }
@@ -500,7 +511,9 @@ PyMODINIT_FUNC NNFAST_INIT() {
   using namespace nnfast;
   auto& dispatcher = c10::Dispatcher::singleton();
   for (size_t op = 0; op < kOps.size(); ++op) {
-    const auto handle = dispatcher.findSchemaOrThrow((std::string("nnfast::") + kOps[op]).c_str(), "");
+    // Of a Linear there is a kernel of ours where there is one of its backward.
+    const auto name = std::string("nnfast::") + (op == kLinear ? "gelu_linear_backward" : kOps[op]);
+    const auto handle = dispatcher.findSchemaOrThrow(name.c_str(), "");
     const bool there = handle.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
     on_gpu[op] = in_cpp[op] = there ? Backend::cuda : Backend::torch;
   }

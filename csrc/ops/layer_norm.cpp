@@ -14,8 +14,11 @@ namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   // stats: (2, rows), the mean and the reciprocal standard deviation of each row, in float (double for float64 input).
+  // dtype: of the output; float is possible beside a 16-bit input, as autocast wants it. The gradient that comes in
+  // then has that dtype, and the input's own is rounded to the input's once.
   m.def(
-      "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps)"
+      "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, *,"
+      " ScalarType? dtype=None)"
       " -> (Tensor output, Tensor stats)");
   m.def(
       "layer_norm_backward(Tensor grad_out, Tensor input, SymInt[] normalized_shape, Tensor stats, Tensor? weight,"
@@ -24,9 +27,9 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
 
 std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
-    double eps) {
+    double eps, std::optional<at::ScalarType> dtype) {
   static const auto op = find_op<decltype(layer_norm)>("layer_norm");
-  return op.call(input, normalized_shape, weight, bias, eps);
+  return op.call(input, normalized_shape, weight, bias, eps, dtype);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
@@ -37,20 +40,23 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
 }
 
 bool covers_layer_norm(
-    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias) {
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
+    std::optional<at::ScalarType> out) {
   const auto dtype = input.scalar_type();
   const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
+  const bool wide = out && *out != dtype;
+  if (wide && !(half && *out == at::kFloat)) return false;
   if (!half && dtype != at::kFloat && (dtype != at::kDouble || !input.is_cpu())) return false;
   const auto dim = input.dim(), ndim = (int64_t)normalized_shape.size();
   if (ndim < 1 || dim < ndim || !input.sizes().slice(dim - ndim).equals(normalized_shape)) return false;
   // Weight and bias share one dtype: the input's, or float beside a 16-bit input. On a GPU torch allows that only where
   // autocast brings all to float.
-  const bool beside = half && (input.is_cpu() || at::autocast::is_autocast_enabled(input.device().type()));
+  const bool beside = half && (wide || input.is_cpu() || at::autocast::is_autocast_enabled(input.device().type()));
   std::optional<at::ScalarType> affine;
   for (const auto* t : {&weight, &bias}) {
     if (!defined(*t)) continue;
     const auto type = (*t)->scalar_type();
-    if (type != affine.value_or(type) || !(type == dtype || (beside && type == at::kFloat))) return false;
+    if (type != affine.value_or(type) || !((type == dtype && !wide) || (beside && type == at::kFloat))) return false;
     if ((*t)->device() != input.device() || !(*t)->sizes().equals(normalized_shape)) return false;
     affine = type;
   }
@@ -59,13 +65,18 @@ bool covers_layer_norm(
 
 std::pair<int64_t, int64_t> check_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
-    bool kernels) {
+    std::optional<at::ScalarType> dtype, bool kernels) {
   const auto extents =
       at::native::_check_layer_norm_inputs(input, normalized_shape, weight.value_or(Tensor()), bias.value_or(Tensor()));
   TORCH_CHECK_NOT_IMPLEMENTED(
-      kernels && covers_layer_norm(input, normalized_shape, weight, bias),
+      kernels && covers_layer_norm(input, normalized_shape, weight, bias, dtype),
       "nnfast::layer_norm does not cover this call; nnfast.nn.functional.layer_norm hands it to torch");
   return extents;
+}
+
+std::optional<at::ScalarType> float_beside(const Tensor& input, const Tensor& output) {
+  const bool wide = at::isReducedFloatingType(input.scalar_type()) && output.scalar_type() == at::kFloat;
+  return wide ? std::optional(at::kFloat) : std::nullopt;
 }
 
 void check_layer_norm_backward(
@@ -77,7 +88,7 @@ void check_layer_norm_backward(
         ", but got ", t.sym_sizes(), ", ", t.scalar_type(), " on ", t.device());
   };
   const auto dtype = input.scalar_type();
-  fits("grad_out", grad_out, input.sym_sizes(), dtype);
+  fits("grad_out", grad_out, input.sym_sizes(), float_beside(input, grad_out).value_or(dtype));
   const auto rows = c10::multiply_integers(input.sym_sizes().slice(0, input.dim() - normalized_shape.size()));
   fits("stats", stats, {2, rows}, at::toOpMathType(dtype));
 }
@@ -87,10 +98,11 @@ namespace {
 // ---- shapes, for fake tensors and meta tensors ----
 
 std::tuple<Tensor, Tensor> layer_norm_meta(
-    const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor&, const OptTensor&, double) {
+    const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor&, const OptTensor&, double,
+    std::optional<at::ScalarType> dtype) {
   const auto outer = input.sym_sizes().slice(0, input.dim() - normalized_shape.size());
   return {
-      at::empty_symint(input.sym_sizes(), input.options()),
+      at::empty_symint(input.sym_sizes(), input.options().dtype(dtype.value_or(input.scalar_type()))),
       at::empty_symint(
           {2, c10::multiply_integers(outer)}, input.options().dtype(at::toOpMathType(input.scalar_type())))};
 }
@@ -137,15 +149,19 @@ struct LayerNorm {
 
 std::tuple<Tensor, Tensor> layer_norm_autograd(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
-    double eps) {
+    double eps, std::optional<at::ScalarType> dtype) {
   const auto forward = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_norm(input, normalized_shape, weight, bias, eps);
+    return layer_norm(input, normalized_shape, weight, bias, eps, dtype);
   };
   if (!any_needs_grad(input, weight, bias)) return forward();
   const auto node = make_node<LayerNorm>(input, weight, bias);
   auto out = forward();
-  record(node, std::get<0>(out), {input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
+  // torch would save what autocast made of the input, so the input itself may be changed in place.
+  const bool cast = dtype.value_or(input.scalar_type()) != input.scalar_type();
+  record(
+      node, std::get<0>(out),
+      {cast ? input.clone() : input, std::get<1>(out), weight.value_or(Tensor()), bias.value_or(Tensor())});
   return out;
 }
 
@@ -159,22 +175,28 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
     return layer_norm_backward(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
   }
   check_layer_norm_backward(grad_out, input, normalized_shape, stats);
+  const Tensor x = input.to(grad_out.scalar_type());
   c10::SymDimVector shape(input.sym_sizes());
   for (size_t i = shape.size() - normalized_shape.size(); i < shape.size(); ++i) shape[i] = 1;
-  const auto affine = (defined(weight) ? *weight : defined(bias) ? *bias : input).scalar_type();
+  const auto affine = (defined(weight) ? *weight : defined(bias) ? *bias : x).scalar_type();
   const auto stat = [&](int64_t k) { return stats.select(0, k).to(affine).contiguous().view_symint(shape); };
-  return at::native_layer_norm_backward_symint(
-      grad_out, input, normalized_shape, stat(0), stat(1), weight, bias, output_mask);
+  auto grads =
+      at::native_layer_norm_backward_symint(grad_out, x, normalized_shape, stat(0), stat(1), weight, bias, output_mask);
+  if (output_mask[0]) std::get<0>(grads) = std::get<0>(grads).to(input.scalar_type());
+  return grads;
 }
 
 // ---- autocast: float32 on CUDA, as torch lists layer_norm there; not listed on a CPU ----
+//
+// The kernel reads the input as it is and writes float32: 6 bytes an element where a cast and a LayerNorm move 14.
 
 std::tuple<Tensor, Tensor> layer_norm_autocast_cuda(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
-    double eps) {
+    double eps, std::optional<at::ScalarType> dtype) {
   c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
   const auto cast = [](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, at::kCUDA); };
-  return layer_norm(cast(input), normalized_shape, cast(weight), cast(bias), eps);
+  if (at::isReducedFloatingType(input.scalar_type())) dtype = at::kFloat;
+  return layer_norm(input, normalized_shape, cast(weight), cast(bias), eps, dtype);
 }
 
 }  // namespace

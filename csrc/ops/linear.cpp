@@ -132,14 +132,15 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_aten(
 
 // ---- autograd ----
 
-Path sums_found("linear_backward.sums_found");
+Path sums_found("linear_backward.sums_found"), worked_ahead("linear_backward.gelu_worked_ahead");
 
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   const Tensor output = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
     return nnfast::linear(input, weight, bias);
   }();
-  if (any_needs_grad(input, weight, bias)) record_linear(output, input, weight, bias, input, weight);
+  if (any_needs_grad(input, weight, bias))
+    record_linear(output, input, weight, bias, input, weight, at::isReducedFloatingType(input.scalar_type()));
   return output;
 }
 
@@ -184,33 +185,57 @@ std::optional<at::ScalarType> wider_asked(const LinearNode* node, size_t edge, c
   return asked == at::kFloat ? std::optional(asked) : std::nullopt;
 }
 
+// Whether this backward will run `node`, and not just look at what comes to it.
+bool will_run(torch::autograd::Node& node) {
+  const auto* const tasks = torch::autograd::get_current_graph_task_exec_info();
+  if (!tasks || tasks->empty()) return true;
+  const auto found = tasks->find(&node);
+  return found != tasks->end() && found->second.needed_;
+}
+
+// The GELU that the Linear reads, where there is a kernel that ends the product for its gradient with the GELU's own.
+GeluNode* gelu_before(LinearNode& linear, const Tensor& grad) {
+  if (!linear.works_ahead || !has_gelu_linear_backward(grad)) return nullptr;
+  auto* const gelu = dynamic_cast<GeluNode*>(linear.next_edge(0).function.get());
+  return gelu && hands_on(linear, gelu->node()) && will_run(gelu->node()) ? gelu : nullptr;
+}
+
 }  // namespace
 
 variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads) {
   std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
   const auto saved = ctx->get_saved_variables();
-  const NotRecorded guard;
   if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
-  Tensor sums;
-  auto* const node = running_node<LinearNode>();
-  if (node && mask[2] && !at::GradMode::is_enabled()) sums = node->take_sums(grads[0]);
+  auto* const node = at::GradMode::is_enabled() ? nullptr : running_node<LinearNode>();
+  auto* const gelu = node && mask[0] ? gelu_before(*node, grads[0]) : nullptr;
+  const Tensor pre = gelu ? gelu->input() : Tensor();
+  const NotRecorded guard;
+  Tensor sums, before;
+  if (node && mask[2]) sums = node->sums.take(*node, grads[0]).value_or(Tensor());
   if (sums.defined()) {
     sums_found.taken();
     mask[2] = false;
   }
+  if (gelu) {
+    GeluNode::Grads ahead;
+    std::tie(before, ahead.input, ahead.sums) = gelu_linear_backward(grads[0], saved[1], pre, gelu->approximate());
+    gelu->grads.leave(before, std::move(ahead));
+    worked_ahead.taken();
+    mask[0] = false;
+  }
   const auto asked = [&](size_t edge) { return mask[edge] ? wider_asked(node, edge, grads[0]) : std::nullopt; };
   auto [grad_input, grad_weight, grad_bias] =
       nnfast::linear_backward(grads[0], saved[0], saved[1], mask, asked(mask[1] ? 1 : 2), asked(0));
-  return {grad_input, grad_weight, sums.defined() ? sums : grad_bias};
+  return {gelu ? before : grad_input, grad_weight, sums.defined() ? sums : grad_bias};
 }
 
 void record_linear(
     const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_input,
-    const Tensor& cast_weight) {
+    const Tensor& cast_weight, bool works_ahead) {
+  const auto node = make_node<Linear, LinearNode>(input, weight, bias);
+  node->works_ahead = works_ahead;
   // Each is kept for the other's gradient alone.
-  record(
-      make_node<Linear, LinearNode>(input, weight, bias), output,
-      {needs_grad(weight) ? cast_input : Tensor(), needs_grad(input) ? cast_weight : Tensor()});
+  record(node, output, {needs_grad(weight) ? cast_input : Tensor(), needs_grad(input) ? cast_weight : Tensor()});
 }
 
 TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) {

@@ -1,8 +1,11 @@
-// How a Linear is recorded for the backward, and how a GELU that reads it saves it a pass over the gradient.
+// How a Linear is recorded for the backward, and what it and a GELU beside it work out for each other ahead.
 //
-// The GELU's node has every row of the gradient at hand when it makes it. It sums them on the way, which is the bias's
-// gradient, and leaves the sums at the Linear's node, which uses them if that same, unchanged gradient arrives. Where
-// it does not, the sums cost time and change no digit.
+// A GELU's node that a Linear comes before has every row of the gradient at hand when it makes it. It sums them on the
+// way, which is the bias's gradient, and leaves the sums at the Linear's node, which uses them if that same, unchanged
+// gradient arrives. Where it does not, the sums cost time and change no digit.
+//
+// A Linear that reads a GELU has, on a GPU, each tile of the GELU's gradient at hand as its product ends, and works out
+// there what the GELU's backward will be asked for; and leaves it at the GELU's node in the same way.
 #pragma once
 
 #include <mutex>
@@ -19,49 +22,80 @@ struct Linear {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads);
 };
 
-class LinearNode : public OpNode<Linear> {
+// What was worked out ahead of a gradient that goes to a node.
+template <class What>
+class Ahead {
  public:
-  void release_variables() override {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      sums_ = {};
-    }
-    OpNode<Linear>::release_variables();
-  }
-
-  bool wants_sums() { return task_should_compute_output(2); }
-  // Leaves `sums`, those over the rows of a gradient that goes to this node.
-  void leave_sums(const Tensor& grad, Tensor sums) {
+  void leave(const Tensor& grad, What what) {
     if (grad.is_inference()) return;  // it does not count its changes
     const std::lock_guard<std::mutex> lock(mutex_);
-    sums_ = {std::move(sums), Impl(grad.getIntrusivePtr()), grad._version()};
+    left_ = Left{std::move(what), Impl(grad.getIntrusivePtr()), grad._version()};
   }
-  // The sums over the rows of `grad`, if they were left here for this very tensor, and nothing has come in between: a
-  // hook could change it in ways that no version counts.
-  Tensor take_sums(const Tensor& grad) {
+  // What was left for this very tensor, if nothing has come in between: a hook at the node that it goes to could change
+  // it in ways that no version counts.
+  std::optional<What> take(torch::autograd::Node& at, const Tensor& grad) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const Sums found = std::exchange(sums_, {});
-    const bool same = found.of && found.of->lock().get() == grad.unsafeGetTensorImpl() &&
-                      found.version == grad._version() && tensor_pre_hooks().empty() && pre_hooks().empty() &&
-                      retains_grad_hooks().empty();
-    return same ? found.sums : Tensor();
+    const auto found = std::exchange(left_, std::nullopt);
+    if (!found || found->of.lock().get() != grad.unsafeGetTensorImpl() || found->version != grad._version() ||
+        !at.tensor_pre_hooks().empty() || !at.pre_hooks().empty() || !at.retains_grad_hooks().empty())
+      return std::nullopt;
+    return found->what;
+  }
+  void let_go() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    left_.reset();
   }
 
  private:
   using Impl = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-  struct Sums {
-    Tensor sums;
-    std::optional<Impl> of;
-    int64_t version = 0;
+  struct Left {
+    What what;
+    Impl of;
+    int64_t version;
   };
 
   std::mutex mutex_;
-  Sums sums_;
+  std::optional<Left> left_;
+};
+
+// Whether what `from` leaves at `to`, to which its gradient of input 0 goes, is seen by nobody else on the way, and
+// used where it was made.
+inline bool hands_on(torch::autograd::Node& from, torch::autograd::Node& to) {
+  return from.post_hooks().empty() && from.input_metadata(0).stream() == to.input_metadata(0).stream();
+}
+
+class LinearNode : public OpNode<Linear> {
+ public:
+  void release_variables() override {
+    sums.let_go();
+    OpNode<Linear>::release_variables();
+  }
+
+  bool wants_sums() { return task_should_compute_output(2); }
+
+  Ahead<Tensor> sums;        // over the rows of the gradient
+  bool works_ahead = false;  // for a GELU that it reads
+};
+
+// The GELU's node, whichever of its formulas it is for.
+class GeluNode {
+ public:
+  struct Grads {
+    Tensor input, sums;
+  };
+
+  virtual ~GeluNode() = default;
+  virtual torch::autograd::Node& node() = 0;
+  virtual c10::string_view approximate() const = 0;
+  // What it saved. Whoever asks first unpacks it, which may be done once a backward.
+  virtual Tensor input() = 0;
+
+  Ahead<Grads> grads;
 };
 
 // Records `output` as input weight^T + bias; cast_... are what autocast made of them, if it did.
 void record_linear(
     const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_input,
-    const Tensor& cast_weight);
+    const Tensor& cast_weight, bool works_ahead = false);
 
 }  // namespace nnfast

@@ -3,9 +3,11 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
+#include "../gate/paths.h"
 #include "linear.h"
 
 namespace nnfast {
@@ -17,6 +19,11 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def(
       "gelu_backward_sum(Tensor grad_output, Tensor self, *, str approximate='none')"
       " -> (Tensor grad_input, Tensor grad_bias)");
+  // The backward of linear(gelu(self), weight): what goes to the GELU, what the GELU makes of it, and the sums of that
+  // over all dimensions but the last.
+  m.def(
+      "gelu_linear_backward(Tensor grad_output, Tensor weight, Tensor self, *, str approximate='none')"
+      " -> (Tensor grad_gelu, Tensor grad_input, Tensor grad_bias)");
   // gelu(pre) and pre = input weight^T + bias, rounded to its dtype before the GELU as two calls of torch would. Where
   // pre is not wanted, it may be a tensor without elements.
   m.def(
@@ -40,6 +47,21 @@ std::tuple<Tensor, Tensor> gelu_backward_sum(
   return op.call(grad_output, self, approximate);
 }
 
+c10::TypedOperatorHandle<decltype(gelu_linear_backward)> find_gelu_linear_backward() {
+  static const auto op = find_op<decltype(gelu_linear_backward)>("gelu_linear_backward");
+  return op;
+}
+
+std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward(
+    const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate) {
+  return find_gelu_linear_backward().call(grad_output, weight, self, approximate);
+}
+
+bool has_gelu_linear_backward(const Tensor& t) {
+  return find_gelu_linear_backward().hasKernelForDispatchKey(
+      t.is_cpu() ? c10::DispatchKey::CPU : c10::DispatchKey::CUDA);
+}
+
 std::tuple<Tensor, Tensor> linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
   static const auto op = find_op<decltype(linear_gelu)>("linear_gelu");
@@ -60,12 +82,27 @@ void check_gelu_backward(const Tensor& grad_output, const Tensor& self) {
       grad_output.scalar_type(), " and ", grad_output.device());
 }
 
+void check_gelu_linear_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& self) {
+  const auto fits = [&](const Tensor& t) {
+    return t.scalar_type() == self.scalar_type() && t.device() == self.device();
+  };
+  TORCH_CHECK(
+      known_dtype(self.scalar_type()) && self.dim() >= 1 && weight.dim() == 2 && fits(weight) && fits(grad_output) &&
+          grad_output.dim() == self.dim() && weight.sym_size(1) == self.sym_size(-1) &&
+          weight.sym_size(0) == grad_output.sym_size(-1) &&
+          grad_output.sym_sizes().slice(0, self.dim() - 1) == self.sym_sizes().slice(0, self.dim() - 1),
+      "nnfast::gelu_linear_backward: the shapes, dtypes and devices of grad_output, weight and self must be those of a "
+      "Linear that reads a GELU");
+}
+
 bool covers_linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate) {
   return covers_gelu(input, approximate) && covers_linear(input, weight, bias);
 }
 
 namespace {
+
+Path found_ahead("gelu_backward.found_ahead");
 
 // ---- shapes, for fake tensors and meta tensors ----
 
@@ -80,12 +117,41 @@ std::tuple<Tensor, Tensor> gelu_backward_sum_meta(const Tensor& grad_output, con
   return {at::empty_symint(self.sym_sizes(), self.options()), at::empty_symint({self.sym_size(-1)}, self.options())};
 }
 
+std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_meta(
+    const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view) {
+  check_gelu_linear_backward(grad_output, weight, self);
+  const auto like_self = [&] { return at::empty_symint(self.sym_sizes(), self.options()); };
+  return {like_self(), like_self(), at::empty_symint({self.sym_size(-1)}, self.options())};
+}
+
 std::tuple<Tensor, Tensor> linear_gelu_meta(
     const Tensor& input, const Tensor& weight, const OptTensor&, c10::string_view, bool want_pre) {
   c10::SymDimVector sizes(input.sym_sizes());
   sizes.back() = weight.sym_size(0);
   const Tensor output = at::empty_symint(sizes, input.options());
   return {output, want_pre ? at::empty_symint(sizes, input.options()) : at::empty({0}, input.options())};
+}
+
+// ---- in ATen: on every other device, and where the gradient is itself differentiated, to any order ----
+
+Tensor gelu_aten(const Tensor& self, c10::string_view approximate) { return at::gelu(self, approximate); }
+
+Tensor gelu_backward_aten(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
+  check_gelu_backward(grad_output, self);
+  return at::gelu_backward(grad_output, self, approximate);
+}
+
+std::tuple<Tensor, Tensor> gelu_backward_sum_aten(
+    const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
+  const Tensor grad = gelu_backward_aten(grad_output, self, approximate).contiguous();
+  return {grad, grad.reshape_symint({-1, grad.sym_size(-1)}).sum(0)};
+}
+
+std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_aten(
+    const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate) {
+  check_gelu_linear_backward(grad_output, weight, self);
+  const Tensor grad = grad_output.matmul(weight).contiguous();
+  return std::tuple_cat(std::make_tuple(grad), gelu_backward_sum_aten(grad, self, approximate));
 }
 
 // ---- autograd ----
@@ -97,30 +163,65 @@ struct Gelu {
   static constexpr bool is_traceable = false;
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto saved = ctx->get_saved_variables();
+    auto* const node = running_node<Node>();
+    const Tensor input = node ? node->take_input() : ctx->get_saved_variables()[0];
     if (!grads[0].defined()) return {Tensor()};
     const auto approximate = Tanh ? "tanh" : "none";
     const NotRecorded guard;
-    auto* const linear = at::GradMode::is_enabled() ? nullptr : linear_before();
-    if (!linear) return {nnfast::gelu_backward(grads[0], saved[0], approximate)};
-    auto [grad, sums] = gelu_backward_sum(grads[0], saved[0], approximate);
-    linear->leave_sums(grad, sums);
-    return {grad};
+    if (!node || at::GradMode::is_enabled()) return {nnfast::gelu_backward(grads[0], input, approximate)};
+    auto* const linear = linear_before(*node);
+    auto ahead = node->grads.take(*node, grads[0]);
+    if (!ahead && !linear) return {nnfast::gelu_backward(grads[0], input, approximate)};
+    if (!ahead) {
+      ahead.emplace();
+      std::tie(ahead->input, ahead->sums) = gelu_backward_sum(grads[0], input, approximate);
+    } else {
+      found_ahead.taken();
+    }
+    if (linear) linear->sums.leave(ahead->input, ahead->sums);
+    return {ahead->input};
   }
 
+  class Node : public OpNode<Gelu>, public GeluNode {
+   public:
+    torch::autograd::Node& node() override { return *this; }
+    c10::string_view approximate() const override { return Tanh ? "tanh" : "none"; }
+    Tensor input() override {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!input_.defined()) input_ = this->ctx_.get_saved_variables()[0];
+      return input_;
+    }
+    Tensor take_input() {
+      const Tensor taken = input();
+      const std::lock_guard<std::mutex> lock(mutex_);
+      input_.reset();
+      return taken;
+    }
+    void release_variables() override {
+      this->grads.let_go();
+      {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        input_.reset();
+      }
+      OpNode<Gelu>::release_variables();
+    }
+
+   private:
+    std::mutex mutex_;
+    Tensor input_;
+  };
+
   // The Linear that the gradient goes to, where it wants its sums and nobody stands between.
-  static LinearNode* linear_before() {
-    auto* const node = running_node<OpNode<Gelu>>();
-    auto* const linear =
-        node && node->post_hooks().empty() ? dynamic_cast<LinearNode*>(node->next_edge(0).function.get()) : nullptr;
-    return linear && linear->wants_sums() ? linear : nullptr;
+  static LinearNode* linear_before(Node& node) {
+    auto* const linear = dynamic_cast<LinearNode*>(node.next_edge(0).function.get());
+    return linear && linear->wants_sums() && hands_on(node, *linear) ? linear : nullptr;
   }
 };
 
 // Records `output` as the GELU of self.
 Tensor recorded_gelu(Tensor output, const Tensor& self, bool tanh) {
   const auto with = [&](const auto& node) { record(node, output, {self}); };
-  tanh ? with(make_node<Gelu<true>>(self)) : with(make_node<Gelu<false>>(self));
+  tanh ? with(make_node<Gelu<true>, Gelu<true>::Node>(self)) : with(make_node<Gelu<false>, Gelu<false>::Node>(self));
   return output;
 }
 
@@ -141,12 +242,17 @@ Tensor gelu_backward_autograd(const Tensor& grad_output, const Tensor& self, c10
 
 std::tuple<Tensor, Tensor> gelu_backward_sum_autograd(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
-  if (any_needs_grad(grad_output, self)) {
-    const Tensor grad = at::gelu_backward(grad_output, self, approximate);
-    return {grad, grad.reshape_symint({-1, grad.sym_size(-1)}).sum(0)};
-  }
+  if (any_needs_grad(grad_output, self)) return gelu_backward_sum_aten(grad_output, self, approximate);
   at::AutoDispatchBelowADInplaceOrView guard;
   return gelu_backward_sum(grad_output, self, approximate);
+}
+
+std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_autograd(
+    const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate) {
+  if (any_needs_grad(grad_output, weight, self))
+    return gelu_linear_backward_aten(grad_output, weight, self, approximate);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return gelu_linear_backward(grad_output, weight, self, approximate);
 }
 
 // input, weight and bias as they are recorded, and what autocast made of them.
@@ -188,7 +294,14 @@ std::tuple<Tensor, Tensor> linear_gelu_autocast_cuda(
 
 }  // namespace
 
+TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) {
+  m.impl("gelu", gelu_aten);
+  m.impl("gelu_backward", gelu_backward_aten);
+  m.impl("gelu_backward_sum", gelu_backward_sum_aten);
+  m.impl("gelu_linear_backward", gelu_linear_backward_aten);
+}
 TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
+  m.impl("gelu_linear_backward", gelu_linear_backward_meta);
   m.impl("gelu", gelu_meta);
   m.impl("gelu_backward", gelu_backward_meta);
   m.impl("gelu_backward_sum", gelu_backward_sum_meta);
@@ -196,6 +309,7 @@ TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
 }
 TORCH_LIBRARY_IMPL(nnfast, Autograd, m) {
   m.impl("gelu", gelu_autograd);
+  m.impl("gelu_linear_backward", gelu_linear_backward_autograd);
   m.impl("gelu_backward", gelu_backward_autograd);
   m.impl("gelu_backward_sum", gelu_backward_sum_autograd);
   m.impl("linear_gelu", linear_gelu_autograd);

@@ -59,13 +59,17 @@ inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }
 // Whether the CUDA kernels hold machine code, or PTX, that a GPU runs; set where they are built in.
 inline bool (*cuda_kernels_load)(c10::DeviceIndex device) = nullptr;
 
+// dtype: of the output, where it is not the input's.
 bool covers_layer_norm(
-    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias);
+    const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
+    std::optional<at::ScalarType> dtype = std::nullopt);
 // The number of rows and their size. torch's own error where the shapes are wrong, and one of ours where the call is
 // not covered or there are no kernels.
 std::pair<int64_t, int64_t> check_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
-    bool kernels = true);
+    std::optional<at::ScalarType> dtype, bool kernels = true);
+// float, where that is the output's dtype, or its gradient's, beside an input of 16 bits.
+std::optional<at::ScalarType> float_beside(const Tensor& input, const Tensor& output);
 // What a backward reads beside its inputs comes from anyone who calls the op: torch's kind of error where it does not
 // fit them.
 void check_layer_norm_backward(
@@ -73,6 +77,7 @@ void check_layer_norm_backward(
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
 // torch's kind of error where grad_output is not what gelu(self) gives.
 void check_gelu_backward(const Tensor& grad_output, const Tensor& self);
+void check_gelu_linear_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& self);
 bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
 // torch's kind of error where what the op would read does not fit together.
 void check_linear_backward(
@@ -105,7 +110,7 @@ void check_attention_backward(
 
 std::tuple<Tensor, Tensor> layer_norm(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
-    double eps);
+    double eps, std::optional<at::ScalarType> dtype = std::nullopt);
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(
     const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask);
@@ -117,6 +122,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(
     std::optional<at::ScalarType> dtype = std::nullopt, std::optional<at::ScalarType> input_dtype = std::nullopt);
 std::tuple<Tensor, Tensor> gelu_backward_sum(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
+std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward(
+    const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate);
+// Whether there is a kernel for it where t is.
+bool has_gelu_linear_backward(const Tensor& t);
 std::tuple<Tensor, Tensor> linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate,
     bool want_pre = true);

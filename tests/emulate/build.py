@@ -27,7 +27,7 @@ def commands(kind: str, source: Path, out: Path) -> dict[Path, list[str]]:
     include = cuda.fetched_toolkit() / "include"
     torchs = [f"-isystem{path}" for path in (*include_paths(), sysconfig.get_path("include"))]
     common = [COMPILER, "-std=c++20", "-fPIC", "-fvisibility=hidden", "-g1"]
-    common += [f"-I{include}", f"-I{include / 'cccl'}", f"-I{HERE}", f"-I{source}"]
+    common += [f"-I{HERE}", f"-I{include}", f"-I{include / 'cccl'}", f"-I{source}"]
     found = {}
     for name in ("host", "contracts"):
         found[out / f"{name}.o"] = [*common, *torchs, "-O0", "-ffunction-sections", str(HERE / f"{name}.cpp")]

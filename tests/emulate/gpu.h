@@ -14,6 +14,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <type_traits>
 #include <utility>
@@ -31,6 +32,21 @@ void sync_block(const char* file, int line);
 // Until every lane of the warp that `mask` names is here: the value that lane `from` brought.
 uint32_t shuffle(unsigned mask, uint32_t value, int from, const char* file, int line);
 int lane();
+
+// Of the running thread's cluster.
+int cluster_size();
+int cluster_rank();
+void sync_cluster(const char* file, int line);
+ptrdiff_t to_shared_memory_of(int rank);  // from its own
+
+// A vector on its way, or where a group of them ends.
+struct Copy {
+  uint4* to = nullptr;
+  const uint4* from = nullptr;
+  bool operator==(const Copy&) const = default;
+};
+std::deque<Copy>& copies();     // the running thread's
+void wait_for_kernel_before();  // and it has
 
 template <class T>
 T shuffle_xor(unsigned mask, T value, int offset, const char* file, int line) {
@@ -57,6 +73,14 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 template <class... Params>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, void (*kernel)(Params...)) {
   return cudaFuncGetAttributes(found, reinterpret_cast<const void*>(kernel));
+}
+template <class... Params>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* count, void (*)(Params...), int, size_t) {
+  return *count = 4, cudaSuccess;
+}
+template <class... Params>
+cudaError_t cudaOccupancyMaxActiveClusters(int* count, void (*kernel)(Params...), const cudaLaunchConfig_t* config) {
+  return cudaOccupancyMaxActiveClusters(count, reinterpret_cast<const void*>(kernel), config);
 }
 template <class... Params>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute name, int value) {
@@ -86,4 +110,6 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute na
 #define __shfl_xor_sync(mask, value, offset) emulate::shuffle_xor(mask, value, offset, __FILE__, __LINE__)
 #define __stwb(p, value) emulate::store(p, value)
 #define __threadfence() ((void)0)  // blocks come in turn
+#define cudaGridDependencySynchronize() emulate::wait_for_kernel_before()
+#define cudaTriggerProgrammaticLaunchCompletion() ((void)0)  // kernels come in turn
 #define atomicInc(p, last) emulate::atomic_inc(p, last)

@@ -78,4 +78,7 @@ EXPORT void emulate_memory_left(int count) { emulate::set_memory_left(count); }
 EXPORT void emulate_order(unsigned seed) { emulate::set_order(seed); }
 EXPORT int emulate_launched(size_t* offsets, int room) { return emulate::kernels_launched(offsets, room); }
 EXPORT void emulate_images(bool there) { emulate::set_images(there); }
+EXPORT void emulate_clusters(int device, int ptx_version, int count, bool launches) {
+  emulate::set_clusters(device, ptx_version, count, launches);
+}
 EXPORT bool emulate_load_on(int device) { return nnfast::cuda_kernels_load(device); }

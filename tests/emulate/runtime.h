@@ -8,7 +8,10 @@ namespace emulate {
 void set_device(int multiprocessors, int shared_memory);
 // Where in the library's file those kernels lie that were launched so far; how many.
 int kernels_launched(size_t* offsets, int room);
-void set_images(bool there);    // whether any fits the device
+void set_images(bool there);  // whether any fits the device
+// The number of the current device, what its images were compiled for, how many clusters it says it runs at a time,
+// and whether it does.
+void set_clusters(int device, int ptx_version, int count, bool launches);
 void set_order(unsigned seed);  // of the threads
 // Whether an allocation succeeds; it counts.
 bool memory_left();
