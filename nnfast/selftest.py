@@ -105,6 +105,12 @@ class Where:
         exact = 1e-4 if self.device == "cpu" else 1e-2
         return {torch.float32: exact, torch.float16: 1e-2, torch.bfloat16: 0.05}[self.dtype]
 
+    @property
+    def processors(self) -> int:
+        """The multiprocessors of a GPU."""
+        on_gpu = self.device != "cpu"
+        return torch.cuda.get_device_properties(self.device).multi_processor_count if on_gpu else 0
+
     def close(self, ours: torch.Tensor, torchs: torch.Tensor) -> None:
         scale = max(1.0, torchs.abs().max().item())
         torch.testing.assert_close(ours, torchs, rtol=self.tolerance, atol=self.tolerance * scale)
@@ -126,9 +132,8 @@ def _layer_norm(at: Where) -> None:
 
     torchs = torch.nn.functional.layer_norm
     rows = 7
-    if at.device != "cpu":  # kernels that take row after row, of up to 8192 elements a multiprocessor: three rounds
-        processors = torch.cuda.get_device_properties(at.device).multi_processor_count
-        rows += 2 * processors * 8192 // max(at.size, 64)
+    # Kernels that take row after row, of up to 8192 elements a multiprocessor: three rounds.
+    rows += 2 * at.processors * 8192 // max(at.size, 64)
 
     def cast(f: Callable) -> Callable:
         """From 16 bits to float32, which autocast wants on a GPU."""
@@ -160,10 +165,17 @@ def _linear_gelu(at: Where) -> None:
 
     torchs = torch.nn.functional
     # Sizes that a product on a GPU's tensor cores takes, and sizes that it does not.
-    for (rows, n, out), approximate in zip(((7, 33, 17), (70, 64, 136)), ("none", "tanh"), strict=True):
-        at.same(lambda x, w, b, a=approximate: F.linear_gelu(x, w, b, a),
-                lambda x, w, b, a=approximate: torchs.gelu(torchs.linear(x, w, b), approximate=a),
-                (rows, n), (out, n), (out,))  # fmt: skip
+    cases = [(7, 33, 17, "none"), (70, 64, 136, "tanh")]
+    if at.processors:  # and for each tile of csrc/cuda/linear_gelu_sm90a.cu
+        cases += [(128 * (at.processors // 8 + 1), 64, 1024, "none")]
+        cases += [(128 * (at.processors // 4 + 1), n, 2048, "none") for n in (64, 16384)]
+    for rows, n, out, approximate in cases:
+        ours = lambda x, w, b, a=approximate: F.linear_gelu(x, w, b, a)  # noqa: E731
+        its = lambda x, w, b, a=approximate: torchs.gelu(torchs.linear(x, w, b), approximate=a)  # noqa: E731
+        at.same(ours, its, (rows, n), (out, n), (out,))
+        with torch.no_grad():  # which keeps nothing for a backward
+            given = [at.numbers(*shape) for shape in ((rows, n), (out, n), (out,))]
+            at.close(ours(*given), its(*given))
 
 
 def _cross_entropy(at: Where) -> None:

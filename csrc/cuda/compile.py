@@ -201,6 +201,8 @@ WIDE_LOADS = {
 WIDE_STORES = WIDE_LOADS - {"layer_norm_bwd_affine_kernel", "norm_kernel"}
 # Those that form a tensor's numbers in double, in one thread.
 IN_DOUBLE = {"adamw_kernel", "sgd_kernel", "rmsprop_kernel", "norm_kernel"}
+# Those that round by two numbers an instruction; CUTLASS calls all of its own device_kernel.
+IN_PAIRS = WIDE_LOADS - IN_DOUBLE | {"device_kernel"}
 
 
 def by_elements(mangled: str) -> bool:
@@ -218,7 +220,7 @@ def slipped(mangled: str, counts: dict[str, int]) -> list[str]:
     name = kernel_name(mangled)
     wanted = {"16-byte loads": name in WIDE_LOADS, "16-byte stores": name in WIDE_STORES}
     found = [] if by_elements(mangled) else [f"{name}: no {k}" for k, wide in wanted.items() if wide and not counts[k]]
-    if counts["F2F"] > 1 and name in WIDE_LOADS - IN_DOUBLE:  # one: eps comes in double
+    if counts["F2F"] > 1 and name in IN_PAIRS:  # one: eps comes in double
         found.append(f"{name}: {counts['F2F']} F2F ({mangled})")
     clocks = row_clocks(mangled, counts)
     if clocks and clocks[0] > clocks[1]:

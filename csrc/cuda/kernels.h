@@ -63,7 +63,8 @@ struct LinearGelu {
   bool tanh;
   int64_t rows, in, out;
   const void *input, *weight, *bias;  // (rows, in), (out, in), (out) or null
-  void *output, *pre;                 // (rows, out)
+  void *output, *pre;                 // (rows, out); pre may be null
+  int64_t cooperative_in;             // from this `in` on both warpgroups share the largest tile
   int device;
 };
 int64_t linear_gelu_workspace(const LinearGelu& f);  // bytes

@@ -372,9 +372,10 @@ bool on_vectors(const LayerNormBackward& b) {
          aligned(b.input) && aligned(b.weight) && aligned(b.grad_input);
 }
 
+// More than 48 KB a block, what the kernel declares itself included, must be asked for: once, before the first launch.
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t bytes) {
-  if (bytes <= 48 << 10) return cudaSuccess;
+  if (bytes <= 32 << 10) return cudaSuccess;
   return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
@@ -508,7 +509,6 @@ cudaError_t layer_norm_backward(const LayerNormBackward& b, float* parts, cudaSt
     });
   };
   if (p.kernel) {
-    if (const auto e = allow_shared(p.kernel, p.shared)) return e;
     const Launch how{dim3(p.parts * p.cluster), p.block, p.shared, stream, p.cluster};
     const auto error = launch(p.kernel, how, b, parts);
     if (error != cudaSuccess && p.cluster == 1) return error;

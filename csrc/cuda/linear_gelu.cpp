@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../gate/paths.h"
 #include "../ops/op.h"
 #include "cuda.h"
 
@@ -78,6 +79,9 @@ Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = s
 }
 
 #ifdef NNFAST_SM90A
+// Where the epilogue is a fiftieth of the products; a measurement should settle it.
+Threshold cooperative_in("linear_gelu.cooperative_in", 16384);
+
 bool by_rows(const Tensor& t) { return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
 // Whether this is a GPU, and a product of sizes, for CUTLASS's kernels; x is one of its operands.
@@ -96,14 +100,14 @@ void check_cutlass(const char* error, const char* op) {
 #endif
 
 // Both outputs from the one kernel of linear_gelu_sm90a.cu, where it was built, this is its GPU, and TMA can read the
-// operands; x holds the rows of the input.
+// operands; x holds the rows of the input. Without want_pre the second is empty.
 std::optional<std::tuple<Tensor, Tensor>> fused(
-    const Tensor& x, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, at::IntArrayRef sizes,
-    const On& on) {
+    const Tensor& x, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre,
+    at::IntArrayRef sizes, const On& on) {
 #ifdef NNFAST_SM90A
   const int64_t rows = x.size(0), in = x.size(1), out = weight.size(0);
   if (!by_rows(x) || !by_rows(weight) || (defined(bias) && !by_rows(*bias)) || !for_sm90a(x, rows, in, out)) return {};
-  Tensor output = at::empty(sizes, x.options()), pre = at::empty(sizes, x.options());
+  Tensor output = at::empty(sizes, x.options()), pre = at::empty(want_pre ? sizes : at::IntArrayRef({0}), x.options());
   const LinearGelu f{
       dtype_of(x),
       approximate == "tanh",
@@ -114,7 +118,8 @@ std::optional<std::tuple<Tensor, Tensor>> fused(
       weight.const_data_ptr(),
       defined(bias) ? bias->const_data_ptr() : nullptr,
       output.mutable_data_ptr(),
-      pre.mutable_data_ptr(),
+      want_pre ? pre.mutable_data_ptr() : nullptr,
+      cooperative_in,
       x.device().index()};
   const Tensor workspace = at::empty({linear_gelu_workspace(f)}, x.options().dtype(at::kByte));
   check_cutlass(cuda::linear_gelu(f, workspace.mutable_data_ptr(), on.stream), "linear_gelu");
@@ -172,16 +177,15 @@ std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_cuda(
 }
 
 std::tuple<Tensor, Tensor> linear_gelu_cuda(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate,
-    bool /* want_pre: the kernel writes it in any case */) {
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
   check(covers_linear_gelu(input, weight, bias, approximate));
   const On on(input);
   at::DimVector sizes(input.sizes());
   sizes.back() = weight.size(0);
   const Tensor x = input.reshape({-1, weight.size(1)});
-  if (auto out = fused(x, weight, bias, approximate, sizes, on)) return *out;
+  if (auto out = fused(x, weight, bias, approximate, want_pre, sizes, on)) return *out;
   const Tensor pre = gemm(x, weight, bias).view(sizes);
-  return {gelu_cuda(pre, approximate), pre};
+  return {gelu_cuda(pre, approximate), want_pre ? pre : at::empty({0}, pre.options())};
 }
 
 }  // namespace

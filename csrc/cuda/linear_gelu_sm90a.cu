@@ -1,5 +1,6 @@
 // Linear+GELU on Hopper: one CUTLASS kernel, warp-specialised, TMA in and out. Its epilogue adds the bias, stores the
-// pre-activation and applies the GELU of math/gelu.h to the value that was stored, as two calls of torch would.
+// pre-activation where it is wanted, and applies the GELU of math/gelu.h to the value that is stored, as two calls of
+// torch would.
 #include <cutlass/cutlass.h>
 #include <cutlass/gemm/device/gemm_universal_adapter.h>
 
@@ -23,14 +24,16 @@ using cute::_64;
 using cute::Shape;
 
 // The tiles to choose from, and where the choice changes; a measurement should settle both. Two blocks of a cluster
-// share their tiles of the weight. Cooperative: two warpgroups on one tile. Pingpong: each on its own, the epilogue of
-// one under the products of the other.
-using Large = Shape<_128, _256, _64>;
-using LargeSchedule = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+// share their tiles of the weight. Pingpong: two warpgroups, each on its own tile, the epilogue of one under the
+// products of the other; a thread then has registers for 192 sums at the most. Cooperative: both on one tile, and
+// nothing under the epilogue, which is 2048 / in of a seventh of the time; but a larger tile reads an eighth less.
+using Pingpong = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
+using Cooperative = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
+using Huge = Shape<_128, _256, _64>;
+using Large = Shape<_128, cute::Int<192>, _64>;
 using Medium = Shape<_128, _128, _64>;
 using Small = Shape<_64, _128, _64>;
-using SmallSchedule = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
-constexpr int64_t kLargeIn = 2048;   // from this many products on, the epilogue is small beside them
+constexpr int kSwizzle = 8;          // rows of tiles that are walked together, so that L2 holds what they share
 constexpr int64_t kLargeTiles = 2;   // large tiles for each multiprocessor
 constexpr int64_t kMediumTiles = 1;  // medium ones
 
@@ -41,9 +44,10 @@ struct Activation {
   template <int N>
   struct Fn<cutlass::Array<float, N>> {
     CUTLASS_DEVICE cutlass::Array<float, N> operator()(const cutlass::Array<float, N>& z) const {
-      cutlass::Array<float, N> y;
+      // Rounded by two numbers an instruction.
+      auto y = cutlass::NumericArrayConverter<float, T, N>{}(cutlass::NumericArrayConverter<T, float, N>{}(z));
       CUTLASS_PRAGMA_UNROLL
-      for (int i = 0; i < N; ++i) y[i] = nnfast::gelu<Tanh, float>(float(T(z[i])));
+      for (int i = 0; i < N; ++i) y[i] = nnfast::gelu<Tanh, float>(y[i]);
       return y;
     }
   };
@@ -55,7 +59,7 @@ struct Kernel {
   using Column = cutlass::layout::ColumnMajor;
   static constexpr int kAlign = 16 / sizeof(T);
   using EpilogueSchedule = std::conditional_t<
-      std::is_same_v<Schedule, LargeSchedule>, cutlass::epilogue::TmaWarpSpecializedCooperative,
+      std::is_same_v<Schedule, Cooperative>, cutlass::epilogue::TmaWarpSpecializedCooperative,
       cutlass::epilogue::TmaWarpSpecialized>;
   using Fusion =
       cutlass::epilogue::fusion::LinCombPerColBiasEltActAux<Row, Activation<T, Tanh>::template Fn, T, float, T, T>;
@@ -83,10 +87,11 @@ struct Kernel {
          cutlass::make_cute_packed_stride(typename Gemm::GemmKernel::StrideB{}, {n, k, 1})},
         {{}, nullptr, {}, static_cast<T*>(f.output), by_rows}};
     a.epilogue.thread.bias_ptr = static_cast<const T*>(f.bias);
-    a.epilogue.thread.aux_ptr = static_cast<T*>(f.pre);
+    a.epilogue.thread.aux_ptr = static_cast<T*>(f.pre);  // null: none is written
     a.epilogue.thread.dAux = by_rows;
     a.hw_info.device_id = f.device;
     a.hw_info.sm_count = multiprocessors;
+    a.scheduler.max_swizzle_size = kSwizzle;
     return a;
   }
 };
@@ -102,11 +107,12 @@ template <class T, bool Tanh, class Body>
 auto with_tile(const LinearGelu& f, Body body) {
   const int count = multiprocessors(f.device);
   const auto tiles = [&](int64_t m, int64_t n) { return (f.rows + m - 1) / m * ((f.out + n - 1) / n); };
-  if (f.in >= kLargeIn && tiles(128, 256) >= kLargeTiles * count)
-    return body(Kernel<T, Tanh, Large, Shape<_2, _1, _1>, LargeSchedule>{}, count);
+  if (f.in >= f.cooperative_in && tiles(128, 256) >= kLargeTiles * count)
+    return body(Kernel<T, Tanh, Huge, Shape<_2, _1, _1>, Cooperative>{}, count);
+  if (tiles(128, 192) >= kLargeTiles * count) return body(Kernel<T, Tanh, Large, Shape<_2, _1, _1>, Pingpong>{}, count);
   if (tiles(128, 128) >= kMediumTiles * count)
-    return body(Kernel<T, Tanh, Medium, Shape<_2, _1, _1>, SmallSchedule>{}, count);
-  return body(Kernel<T, Tanh, Small, Shape<_1, _1, _1>, SmallSchedule>{}, count);
+    return body(Kernel<T, Tanh, Medium, Shape<_2, _1, _1>, Pingpong>{}, count);
+  return body(Kernel<T, Tanh, Small, Shape<_1, _1, _1>, Pingpong>{}, count);
 }
 
 template <class Body>

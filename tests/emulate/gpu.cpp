@@ -16,6 +16,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
+#include <map>
 #include <numeric>
 #include <random>
 #include <set>
@@ -144,7 +145,8 @@ std::vector<Id> ready;
 const std::function<void()>* body;
 std::mt19937 order(0);
 std::set<const void*> launched;
-char start_tag, end_tag;  // of a block
+std::map<const void*, size_t> allowed;  // shared memory that a kernel was allowed
+char start_tag, end_tag;                // of a block
 
 void acquire(void* tag) {
 #if defined(EMULATE_TSAN)
@@ -395,6 +397,8 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
   if (cluster > kMostBlocks || grid.x % cluster || (cluster > 1 && !clusters_launch))
     return cudaErrorInvalidClusterSize;
   if ((cluster > 1 || overlaps) && ptx_version < 90) die("what a Hopper GPU can, in code for an older one");
+  // Up to 48 KB need no asking, of which a kernel may declare some itself.
+  if (config.dynamicSmemBytes > std::max<size_t>(32 << 10, allowed[kernel])) return cudaErrorInvalidValue;
   if (config.dynamicSmemBytes > nnfast::cuda::kDynamic) return cudaErrorInvalidValue;
   count = static_cast<int>(block.x);
   ready.reserve(kMostThreads * cluster);
@@ -461,7 +465,10 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* found, const void*) {
   found->ptxVersion = emulate::ptx_version;
   return emulate::images ? cudaSuccess : cudaErrorNoKernelImageForDevice;
 }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
+  emulate::allowed[kernel] = value;
+  return cudaSuccess;
+}
 cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t*) {
   return *count = emulate::clusters, cudaSuccess;
 }

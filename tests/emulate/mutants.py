@@ -76,6 +76,10 @@ MUTANTS = [
     ("GELU anywhere by vectors", "linear_gelu.cu", "vectors = aligned(input) && aligned(output)", "vectors = true", GELU),
     ("AdamW anywhere by vectors", "optimizer.cuh", "if (aligned) {", "if (true) {", ADAMW),
     # What only some launches do.
+    ("shared memory that nobody asked for", "layer_norm.cu", "if (bytes <= 32 << 10) return cudaSuccess;", "return cudaSuccess;", LAYER_NORM),
+    ("clusters of what was compiled for none", "layer_norm.cu", "    if (!compiled_for_hopper(kernel)) return 0;\n", "", LAYER_NORM),
+    ("a second kernel that overlaps where it cannot", "device.cuh", "1, compiled_for_hopper(kernel)}", "1, true}", LAYER_NORM),
+    ("nobody behind a cluster that is refused", "layer_norm.cu", "      if (const auto e = launch_long()) return e;\n    }\n  } else", "    }\n  } else", LAYER_NORM),
     ("a count that every chunk advances", "optimizer.cuh", " == t.chunks - 1) {", " < t.chunks) {", ADAMW),
     ("GELU's derivative elsewhere", "linear_gelu.cu", "float>(pre[j]);", "float>(pre[j] + 1);", GELU),
 ]  # fmt: skip
