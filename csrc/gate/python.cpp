@@ -103,7 +103,7 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // On a GPU a Linear's products are torch's in any case; recorded by us, its backward does that of a GELU that it reads,
 // in 16 bits.
 bool gains(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
-  if (input.is_cpu() || held) return true;
+  if (!input.is_cuda() || held) return true;
   const auto device = input.device().type();
   const bool cast = at::autocast::is_autocast_enabled(device);
   return any_needs_grad(input, weight, bias) &&
