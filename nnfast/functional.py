@@ -46,7 +46,8 @@ def layer_norm(
         eps: added to the variance.
 
     Returns:
-        A contiguous tensor of the input's shape and dtype. Sums are taken in float32 (float64 for float64).
+        A contiguous tensor of the input's shape and dtype; float32 where autocast is on on a GPU, from an input that is
+        read as it is. Sums are taken in float32 (float64 for float64).
 
     Raises:
         RuntimeError: torch's own, for shapes that do not fit.
@@ -93,7 +94,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias``, as ``torch.nn.functional.linear``.
 
     On a CPU the product and those of the backward are taken by whichever library is faster for them there
-    (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op.
+    (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op. On a GPU, in 16 bits, the
+    backward of one that reads a ``gelu`` ends the product with that of the GELU, and sums it for the bias before.
 
     Args:
         input: ``(*, in_features)``, float32, bfloat16, float16 or float64, any strides.
