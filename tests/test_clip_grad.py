@@ -201,3 +201,27 @@ def test_opcheck():
     tensors = [torch.randn(5), torch.randn(3, 4)]
     for op in (torch.ops.nnfast.total_norm.default, torch.ops.nnfast.scale_.default):
         torch.library.opcheck(op, (tensors, 2.0), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.torch_serves("tensors without memory, which nothing of ours computes with")
+def test_shapes_of_the_ops():
+    """What a tracer is told of them; the two of a GPU too."""
+    for dtypes in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.bfloat16,)):
+        tensors = [torch.empty(3, 4, dtype=dtype, device="meta") for dtype in dtypes]
+        norm = torch.ops.nnfast.total_norm(tensors, 2.0)
+        assert norm.shape == () and norm.dtype == torch.float64 and norm.device.type == "meta"
+        norm, coef = torch.ops.nnfast.clip_coef(tensors, 1.0)
+        expected = torch.float32 if len(dtypes) > 1 else dtypes[0]
+        assert norm.shape == coef.shape == () and norm.dtype == expected and coef.dtype == torch.float32
+        before = [t._version for t in tensors]
+        torch.ops.nnfast.scale_(tensors, 2.0)
+        torch.ops.nnfast.scale_by_(tensors, coef)
+        assert [t._version for t in tensors] == [version + 2 for version in before]
+        leaf = torch.empty(3, device="meta", requires_grad=True)
+        for scale in (lambda leaf=leaf: torch.ops.nnfast.scale_([leaf], 2.0),
+                      lambda leaf=leaf, coef=coef: torch.ops.nnfast.scale_by_([leaf], coef)):  # fmt: skip
+            with pytest.raises(RuntimeError, match="in-place"):
+                scale()
+    for op in (torch.ops.nnfast.total_norm, torch.ops.nnfast.clip_coef):
+        with pytest.raises(RuntimeError, match="empty list"):
+            op([], 2.0)

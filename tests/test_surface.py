@@ -140,6 +140,47 @@ def test_use_backend_torch_is_torch():
     assert backend.forced() is None
 
 
+@pytest.mark.skipif(backend.native is None, reason="there is no extension")
+def test_functions_of_the_extension_called_wrongly():
+    """By hand, for the package calls them rightly: an error, and no crash."""
+    native = backend.native
+    fast = (
+        "layer_norm gelu linear linear_gelu cross_entropy linear_cross_entropy total_norm scale_ adamw_ sgd_ rmsprop_"
+    )
+    fast += " scaled_dot_product_attention clip_coef set_threshold known_answers"
+    for name in fast.split():
+        with pytest.raises(TypeError):
+            getattr(native, name)()
+    for call in (native.fail_allocation, native.hold):
+        with pytest.raises(TypeError):
+            call("once") if call is native.fail_allocation else call(3)
+    with pytest.raises(KeyError, match="no such number"):
+        native.set_threshold("no such number", 1)
+    with pytest.raises(OverflowError):
+        native.set_threshold("stream_bytes", 10**30)
+    assert "no such number" not in native.thresholds()
+    # What each leaves to torch.
+    x, group = torch.randn(3, 4), {"params": [], "lr": 0.1}
+    assert native.layer_norm(None, (4,), None, None, 1e-5) is None
+    assert (
+        native.layer_norm(x, (4,), None, None, 10**400) is None
+        and native.layer_norm(x, [4, "4"], None, None, 1) is None
+    )
+    assert native.gelu(x, None) is None and native.linear(x, x, 3) is None
+    assert native.linear_gelu(x, x, None, "erf") is None and native.linear_gelu(x, x, None, 1) is None
+    assert native.cross_entropy(x, torch.zeros(3, dtype=torch.int64), None, -100, "median", 0.0) is None
+    assert native.cross_entropy(x, torch.zeros(3, dtype=torch.int64), None, 2**70, "mean", 0.0) is None
+    q = torch.randn(1, 1, 3, 4)
+    for scale, causal in (("1", False), (None, 1)):
+        assert native.scaled_dot_product_attention(q, q, q, None, causal, scale, False) is None
+    assert native.total_norm([], 2.0) is None and native.total_norm((x,), 2.0) is None
+    assert native.total_norm([x, 3], 2.0) is None and not native.scale_([x.int()], 2.0)
+    assert native.clip_coef([x], 1.0, None, False) is None
+    for groups, state in ((None, {}), ([group], None), ([3], {}), ([{}], {}), ([{**group, "params": None}], {})):
+        for step in (native.adamw_, native.sgd_, native.rmsprop_):
+            assert step(groups, state, None, None, None, False, None, None) is False
+
+
 ON_A_THREAD = """
 import threading, torch, nnfast.nn.functional as F
 x, w = torch.randn(50, 300), torch.randn(300)
@@ -156,15 +197,23 @@ def test_environment_variable_holds_every_thread():
     assert done.stdout.strip() == "True", done.stdout + done.stderr
 
 
+# ATEN_CPU_CAPABILITY, and the kernels that it gives. AVX-512 without its conversion to bfloat16 is older CPUs'.
+CAPABILITIES = {"default": None, "avx2": "avx2", "avx512": "avx512"}
+
+
 @pytest.mark.usefixtures("cpu_kernels")
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_other_instruction_sets(capability):
-    """The tests of the ops once more, as on a CPU with AVX2 alone, and on one where torch serves every call."""
-    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-    ops = ("layer_norm", "linear", "linear_gelu", "cross_entropy", "adamw", "attention")
+    """The tests of the ops once more, as on a CPU with less than this one, and on one where torch serves every call."""
+    if capability == "avx512" and not backend.native.cpu_kernels().startswith("avx512"):
+        pytest.skip("this CPU has no AVX-512")
+    env = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "NNFAST_NO_AVX512_BF16": "1"}
+    ops = ["layer_norm", "linear", "linear_gelu", "cross_entropy", "adamw", "attention"]
+    # What differs from the kernels that this CPU takes is bfloat16 alone.
+    only = ["-k", "values or layouts or master or stochastic"] if capability == "avx512" else []
     files = [f"{__file__.rsplit('/', 1)[0]}/test_{op}.py" for op in ops]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *only, *files],
         env=env,
         capture_output=True,
         text=True,
@@ -172,4 +221,4 @@ def test_other_instruction_sets(capability):
     assert done.returncode == 0, done.stdout[-3000:]
     code = "from nnfast import backend; print(backend.native.cpu_kernels())"
     name = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip()
-    assert name == {"avx2": "avx2", "default": "None"}[capability]
+    assert name == str(CAPABILITIES[capability])

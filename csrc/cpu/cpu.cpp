@@ -5,6 +5,7 @@
 #include <ATen/Version.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 
 #include "../gate/paths.h"
@@ -24,7 +25,10 @@ const Kernels* cpu_kernels() {
   static const Kernels* const chosen = []() -> const Kernels* {
     const auto capability = at::get_cpu_capability();
     if (!__builtin_cpu_supports("f16c")) return nullptr;
-    if (capability == "AVX512") return __builtin_cpu_supports("avx512bf16") ? &avx512_bf16::kernels : &avx512::kernels;
+    // What an older CPU would take, for tests; ATEN_CPU_CAPABILITY knows no such step.
+    const bool older = std::getenv("NNFAST_NO_AVX512_BF16");
+    if (capability == "AVX512")
+      return __builtin_cpu_supports("avx512bf16") && !older ? &avx512_bf16::kernels : &avx512::kernels;
     if (capability == "AVX2") return &avx2::kernels;
     return nullptr;
   }();

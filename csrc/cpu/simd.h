@@ -9,9 +9,16 @@
 
 namespace nnfast::NNFAST_ISA {
 
+#ifndef NNFAST_NO_INLINE
 #define NNFAST_INLINE static inline __attribute__((always_inline))
 #define NNFAST_MEMBER inline __attribute__((always_inline))
 #define NNFAST_LAMBDA __attribute__((always_inline))
+// For tools: compiled sooner, and each branch counts once. With -march=native, for a register that is handed on.
+#else
+#define NNFAST_INLINE [[maybe_unused]] static
+#define NNFAST_MEMBER
+#define NNFAST_LAMBDA
+#endif
 
 // What the arithmetic of a stored type is done in.
 template <class T>

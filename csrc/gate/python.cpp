@@ -372,8 +372,9 @@ PyObject* py_asking(PyObject*, PyObject* yes) {
 
 // hold(name or None): what this thread is held to.
 PyObject* py_hold(PyObject*, PyObject* name) {
-  held = backend_called(name == Py_None ? nullptr : PyUnicode_AsUTF8(name));
+  const char* const wanted = name == Py_None ? nullptr : PyUnicode_AsUTF8(name);
   if (PyErr_Occurred()) return nullptr;
+  held = backend_called(wanted);
   Py_RETURN_NONE;
 }
 
@@ -438,8 +439,9 @@ PyObject* py_set_threshold(PyObject*, PyObject* const* args, Py_ssize_t count) {
     return wrong_arguments("set_threshold(name, value)");
   for (auto* t = Threshold::first(); t; t = t->next())
     if (name == t->name) {
-      t->value = PyLong_AsLongLong(args[1]);
+      const auto value = PyLong_AsLongLong(args[1]);
       if (PyErr_Occurred()) return nullptr;
+      t->value = value;
       Py_RETURN_NONE;
     }
   PyErr_SetObject(PyExc_KeyError, args[0]);
