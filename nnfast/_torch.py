@@ -92,5 +92,9 @@ has_kernel: Callable[[str, str], bool] = _found(
 #: Tells TorchScript which builtin a function is. Gone: scripts take the function for Python's.
 register_builtin: Callable = _found("torch.jit._builtins", "_register_builtin", _nothing)
 
+#: The functions that project the inputs of multi-head attention. Gone: nobody calls them.
+in_projection: Callable = _found("torch.nn.functional", "_in_projection", _nothing)
+in_projection_packed: Callable = _found("torch.nn.functional", "_in_projection_packed", _nothing)
+
 #: The base of torch's losses with weights. Gone: that of all modules.
 WeightedLoss: type = _found("torch.nn.modules.loss", "_WeightedLoss", torch.nn.Module)

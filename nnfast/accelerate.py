@@ -23,7 +23,9 @@ _OURS: dict[type, type] = {
     torch.nn.LayerNorm: nn.LayerNorm,
     torch.nn.GELU: nn.GELU,
     torch.nn.Linear: nn.Linear,
+    torch.nn.Embedding: nn.Embedding,
     torch.nn.CrossEntropyLoss: nn.CrossEntropyLoss,
+    torch.nn.MultiheadAttention: nn.MultiheadAttention,
     torch.nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
 if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.12 on
@@ -125,8 +127,8 @@ def _transformers():
 def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """Make every module of ``model`` that nnfast has a kernel for use it, in place.
 
-    Modules of torch's classes LayerNorm, Linear, GELU, CrossEntropyLoss and TransformerEncoderLayer become ours, and
-    so do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else:
+    Modules of torch's classes LayerNorm, Linear, GELU, Embedding, CrossEntropyLoss and TransformerEncoderLayer become
+    ours, and so do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else:
     parameters, hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m,
     torch.nn.LayerNorm)`` holds as before. A module of transformers whose attention is ``sdpa`` finds ours by that name;
     its ``config`` says so to nobody else. Only this model is touched, a second call changes nothing, and ``restore``

@@ -203,8 +203,8 @@ def use_backend(name: str) -> Iterator[None]:
 def empty_cache() -> None:
     """Give the memory that is kept for the next large CPU outputs back to the system.
 
-    Outputs from 2 MB on come from memory that was touched before: what was freed is kept, never more in all than was
-    in use at once, and what was not needed for some ten seconds is given back at the next call. GPU memory is
+    Outputs from half a MB on come from memory that was touched before: what was freed is kept, never more in all than
+    was in use at once, and what was not needed for some ten seconds is given back at the next call. GPU memory is
     ``torch.cuda.empty_cache``'s.
     """
     if native is not None:

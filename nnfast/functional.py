@@ -6,7 +6,7 @@ Under ``torch.compile`` it is ``compiled.py`` that answers so. Export and script
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn import functional as _F
 
 from nnfast import compiled
@@ -25,6 +25,7 @@ _linear_gelu = getattr(native, "linear_gelu", _torchs)
 _cross_entropy = getattr(native, "cross_entropy", _torchs)
 _linear_cross_entropy = getattr(native, "linear_cross_entropy", _torchs)
 _attention = getattr(native, "scaled_dot_product_attention", _torchs)
+_embedding = getattr(native, "embedding", _torchs)
 
 
 def layer_norm(
@@ -52,7 +53,7 @@ def layer_norm(
     Raises:
         RuntimeError: torch's own, for shapes that do not fit.
     """
-    if not is_compiling():
+    if not is_dynamo_compiling():
         output = _layer_norm(input, normalized_shape, weight, bias, eps)
         if output is not None:
             return output
@@ -82,7 +83,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
 
 def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
     """``gelu``, or None where the call is torch's."""
-    if is_compiling():
+    if is_dynamo_compiling():
         return None
     output = _gelu(input, approximate)
     if output is None:
@@ -108,13 +109,17 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: torch's own, for shapes or dtypes that do not fit.
     """
-    output = linear_if_ours(input, weight, bias)
-    return _F.linear(input, weight, bias) if output is None else output
+    # As linear_if_ours, without a call of it: there are Linears of three microseconds.
+    output = (compiled.linear if is_dynamo_compiling() else _linear)(input, weight, bias)
+    if output is not None:
+        return output
+    torch_serves("linear")
+    return _F.linear(input, weight, bias)
 
 
 def linear_if_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     """``linear``, or None where the call is torch's."""
-    output = (compiled.linear if is_compiling() else _linear)(input, weight, bias)
+    output = (compiled.linear if is_dynamo_compiling() else _linear)(input, weight, bias)
     if output is None:
         torch_serves("linear")
     return output
@@ -141,7 +146,7 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, appro
     if torch.jit.is_scripting():
         return _F.gelu(_F.linear(input, weight, bias), approximate=approximate)
     else:
-        output = (compiled.linear_gelu if is_compiling() else _linear_gelu)(input, weight, bias, approximate)
+        output = (compiled.linear_gelu if is_dynamo_compiling() else _linear_gelu)(input, weight, bias, approximate)
         if output is not None:
             return output
         torch_serves("linear_gelu")
@@ -184,7 +189,7 @@ def cross_entropy(
         return _F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     else:
         if size_average is None and reduce is None:
-            call = compiled.cross_entropy if is_compiling() else _cross_entropy
+            call = compiled.cross_entropy if is_dynamo_compiling() else _cross_entropy
             output = call(input, target, weight, ignore_index, reduction, label_smoothing)
             if output is not None:
                 return output
@@ -227,7 +232,7 @@ def linear_cross_entropy(
     """
     if options is None:
         ignored = -100 if ignore_index is None else ignore_index
-        call = compiled.linear_cross_entropy if is_compiling() else _linear_cross_entropy
+        call = compiled.linear_cross_entropy if is_dynamo_compiling() else _linear_cross_entropy
         output = call(input, linear_weight, target, linear_bias, weight, ignored, reduction, label_smoothing)
         if output is not None:
             return output
@@ -261,6 +266,42 @@ def _two_calls(
 
 
 _torchs_linear_cross_entropy = getattr(_F, "linear_cross_entropy", _two_calls)
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Rows of a table, as ``torch.nn.functional.embedding``.
+
+    Torch's arithmetic, forward and backward. On a CPU the gradient of a table of some MB lies in memory that the last
+    step's lay in: mapping as many zeros afresh takes several times as long as writing them. Where no gradient is
+    wanted, with ``max_norm`` or ``sparse``, elsewhere and under ``torch.compile`` the call is torch's.
+
+    Args:
+        input: any shape, int32 or int64.
+        weight: ``(num_embeddings, embedding_dim)``, float32, bfloat16, float16 or float64.
+        padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse: torch's.
+
+    Returns:
+        ``(*, embedding_dim)`` in the weight's dtype.
+
+    Raises:
+        IndexError, RuntimeError: torch's own.
+    """
+    if torch.jit.is_scripting():
+        return _F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    else:
+        if max_norm is None and not sparse and not is_dynamo_compiling():
+            output = _embedding(input, weight, padding_idx, scale_grad_by_freq)
+            if output is not None:
+                return output
+        return _F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
 
 
 def scaled_dot_product_attention(
@@ -297,7 +338,7 @@ def scaled_dot_product_attention(
         RuntimeError: torch's own, for shapes or dtypes that do not fit.
     """
     if not dropout_p:
-        call = compiled.scaled_dot_product_attention if is_compiling() else _attention
+        call = compiled.scaled_dot_product_attention if is_dynamo_compiling() else _attention
         output = call(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if output is not None:
             return output

@@ -211,6 +211,13 @@ def _linear_cross_entropy(at: Where) -> None:
     at.same(lambda x, w: F.linear_cross_entropy(x, w, target), torchs, (7, 33), (17, 33))
 
 
+def _embedding(at: Where) -> None:
+    from nnfast.nn import functional as F
+
+    indices, torchs = torch.arange(7, device=at.device) * 4, torch.nn.functional.embedding
+    at.same(lambda w: F.embedding(indices, w), lambda w: torchs(indices, w), (1 << 15, 64))  # no smaller table is ours
+
+
 def _attention(at: Where) -> None:
     from nnfast.nn import functional as F
 
@@ -261,6 +268,7 @@ ANSWERS: dict[str, Callable[[Where], None]] = {
     "linear_gelu": _linear_gelu,
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
+    "embedding": _embedding,
     "scaled_dot_product_attention": _attention,
     "adamw_": _step("AdamW", eps=1e-3),
     "sgd_": _step("SGD", momentum=0.9),

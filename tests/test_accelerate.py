@@ -790,4 +790,4 @@ def test_encoder(cpu_kernels):
         assert_same(model, plain, x)
     with served("linear_backward.sums_found"):
         assert_same(model, plain, x)
-    assert len(nnfast.report(model).served) == 2 * 5 + 1
+    assert len(nnfast.report(model).served) == 2 * 6 + 1

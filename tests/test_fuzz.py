@@ -73,8 +73,9 @@ def bar(request):
         yield one_more
 
 
-# Taken by no case here, but by a test of its own: test_adamw.py::test_master_weights, ::test_stochastic_rounding.
-ELSEWHERE = {"adamw_.master", "adamw_.stochastic"}
+# Taken by no case here, but by a test of its own: test_adamw.py::test_master_weights, ::test_stochastic_rounding,
+# test_embedding.py.
+ELSEWHERE = {"adamw_.master", "adamw_.stochastic", "embedding", "embedding.into_memory"}
 
 # How many cases took each op and internal path.
 cases = collections.Counter()
@@ -277,9 +278,10 @@ def linear_gelu_case(draw):
             found = torch.ops.nnfast.linear_backward(grad_pre, x, w, [*mask[:2], False])
             check([results[0][0], *found[:2], sums if mask[2] else None], *results[1:], scales)
             if dtype in (torch.bfloat16, torch.float16):
-                # As under autocast, where a weight's gradient is wanted in float32.
-                wide = torch.ops.nnfast.linear_backward(grad_pre, x, w, mask, dtype=torch.float32)
-                assert all(t is None or t.dtype is torch.float32 for t in wide[1:])
+                # As under autocast, where gradients are wanted in float32.
+                asked = {"dtype": torch.float32, "input_dtype": torch.float32}
+                wide = torch.ops.nnfast.linear_backward(grad_pre, x, w, mask, **asked)
+                assert all(t is None or t.dtype is torch.float32 for t in wide)
                 wide = [None if t is None else t.to(dtype) for t in wide]
                 check([results[0][0], *wide], *results[1:], scales)
     results = [

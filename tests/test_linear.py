@@ -198,6 +198,8 @@ def test_what_the_backward_reads_is_checked():
     for dtype in (torch.bfloat16, torch.float64):
         with pytest.raises(RuntimeError, match="nnfast::linear_backward: dtype"):
             torch.ops.nnfast.linear_backward(grad, x, w, every, dtype=dtype)
+        with pytest.raises(RuntimeError, match="nnfast::linear_backward: dtype"):
+            torch.ops.nnfast.linear_backward(grad, x, w, every, input_dtype=dtype)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -395,9 +397,8 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.nnfast.linear_backward.default, (g, None, None, (False, False, True)))
     half = [t.bfloat16() for t in (g, x, w)]
     for weight in (half[2], by_columns.bfloat16()):
-        torch.library.opcheck(
-            torch.ops.nnfast.linear_backward.default, (*half[:2], weight, (True,) * 3), {"dtype": torch.float32}
-        )
+        for asked in ({"dtype": torch.float32}, {"input_dtype": torch.float32}):
+            torch.library.opcheck(torch.ops.nnfast.linear_backward.default, (*half[:2], weight, (True,) * 3), asked)
 
 
 def test_module():

@@ -17,10 +17,10 @@ import nnfast.nn.functional as F
 from nnfast import backend, nn, optim
 
 OURS = {
-    "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "CrossEntropyLoss", "LinearCrossEntropyLoss"}
-    | {"TransformerEncoderLayer", "functional", "utils"},
+    "nn": {"LayerNorm", "Linear", "LinearGELU", "GELU", "Embedding", "CrossEntropyLoss", "LinearCrossEntropyLoss"}
+    | {"MultiheadAttention", "TransformerEncoderLayer", "functional", "utils"},
     "nn.functional": {"layer_norm", "gelu", "linear", "linear_gelu", "cross_entropy", "linear_cross_entropy"}
-    | {"scaled_dot_product_attention"},
+    | {"embedding", "scaled_dot_product_attention"},
     "optim": {"Adam", "AdamW", "RMSprop", "SGD"},
 }
 

@@ -37,8 +37,8 @@ Tensor sum_over_rows(const Tensor& rows, at::ScalarType dtype) {
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
-    std::optional<at::ScalarType> dtype) {
-  check_linear_backward(grad_out, input, weight, output_mask, dtype);
+    std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
+  check_linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
   TORCH_CHECK_NOT_IMPLEMENTED(cpu_kernels(), "nnfast::linear_backward has no kernels for this CPU");
   backward_served.taken();
   const Tensor grad = grad_out.reshape({-1, grad_out.size(-1)});
@@ -47,12 +47,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   if (output_mask[0]) {
     at::DimVector sizes(grad_out.sizes());
     sizes.back() = weight->size(1);
-    grad_input = product(grad, weight->t()).view(sizes);
+    grad_input = product_as(input_dtype.value_or(grad.scalar_type()), grad, weight->t()).view(sizes);
   }
   if (output_mask[1]) {
     const Tensor x = input->reshape({-1, input->size(-1)});
     const bool by_columns = defined(weight) && weight->is_non_overlapping_and_dense() && !weight->is_contiguous();
-    grad_weight = by_columns ? product_tn(x, grad, type).t() : product_tn(grad, x, type);
+    grad_weight = by_columns ? product_as(type, x.t(), grad.t()).t() : product_as(type, grad.t(), x.t());
   }
   if (output_mask[2]) grad_bias = sum_over_rows(grad, type);
   return {grad_input, grad_weight, grad_bias};

@@ -27,7 +27,9 @@ namespace nnfast {
 namespace {
 
 std::atomic<int64_t> until_failure{-1};
-Threshold large("memory.large_bytes", int64_t(2) << 20);
+// Activations of half a MB are the most of a step's memory where few tokens go through it: taken from the C library
+// they would stand beside what is kept.
+Threshold large("memory.large_bytes", int64_t(512) << 10);
 
 // Torch's allocator, as it was before ours went before it.
 c10::Allocator& torchs() {

@@ -2,7 +2,7 @@
 //
 // The C library gives a block above 32 MB back to the system when it is freed, and trims its heap below: the next one
 // is mapped afresh, and touching it costs a page fault for every 4 KB, several times what the kernel itself takes. So
-// blocks from some MB on come from here, and freed ones are kept for the next call. What is kept is memory that the
+// blocks from half a MB on come from here, and freed ones are kept for the next call. What is kept is memory that the
 // process has needed: kept and live blocks together never take more than live ones did. What was not needed for some
 // seconds goes back to the system at the next call, and all of it when asked or when somebody would find no memory. The
 // rest of the process keeps the allocator it had.

@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/core/List.h>
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/linear.h>
 
 #include <algorithm>
@@ -36,7 +37,8 @@ Threshold one_dnn_float32("product.one_dnn_float32", not_intel());
 
 // torch multiplies float32 with MKL, and oneDNN is at hand in the same library: 1.1 times as fast on a Zen 4, 1.9
 // times on a Zen 5, slower only where the call costs more than the product. With AVX2 alone that holds while both
-// operands lie by rows. 16-bit products are oneDNN's anyway.
+// operands lie by rows. 16-bit products are oneDNN's anyway; but torch writes the bias into each row of the output
+// before them, and asked itself oneDNN adds it as it goes: 1.04 to 1.08 times as fast at 1024 rows.
 Threshold one_dnn_multiply_adds("product.one_dnn_multiply_adds", 2'000'000);
 
 using OneDnnLinear = Tensor(
@@ -48,16 +50,17 @@ const std::optional<c10::OperatorHandle>& one_dnn() {
   return op;
 }
 
-bool one_dnn_serves(const Tensor& input, const Tensor& weight) {
-  if (!one_dnn_float32 || !one_dnn() || input.scalar_type() != at::kFloat) return false;
+bool one_dnn_serves(const Tensor& input, const Tensor& weight, bool has_bias) {
+  const bool is_float = input.scalar_type() == at::kFloat;
+  if (!one_dnn() || !(is_float ? one_dnn_float32 : input.scalar_type() == at::kBFloat16 && has_bias)) return false;
   const int64_t multiply_adds = input.size(0) * input.size(1) * weight.size(0);
   if (multiply_adds == 0 || multiply_adds < one_dnn_multiply_adds) return false;
   const auto& context = at::globalContext();
   const auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
   // Where the user lets float32 products run in a lower precision, torch decides how.
-  const bool exact = precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32;
+  const bool exact = !is_float || (precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32);
   const bool by_rows = input.is_contiguous() && weight.is_contiguous();
-  return exact && context.userEnabledMkldnn() && (by_rows || cpu_kernels()->avx512);
+  return exact && context.userEnabledMkldnn() && (cpu_kernels()->avx512 || (is_float && by_rows));
 }
 
 // How much of a 16-bit product is made before it is widened to float.
@@ -76,14 +79,17 @@ Tensor one_dnn_matmul(const Tensor& a, const Tensor& b) {
 Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   // What comes here has the dtype it shall have, also where a backward runs inside autocast.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const bool one_dnn_does = one_dnn_serves(input, weight);
+  const bool one_dnn_does = one_dnn_serves(input, weight, defined(bias));
   if (one_dnn_does && !defined(bias) && at::native::mkldnn_matmul) {
     by_one_dnn.taken();
     return one_dnn_matmul(input, weight.t());
   }
   // Not around the call above, which has its output: what oneDNN takes for itself may be of the same size.
   const ForTorch memory(input.size(0) * weight.size(0) * input.element_size());
-  if (!one_dnn_does) return by_torch.taken(), at::linear(input, weight, bias);
+  if (!one_dnn_does) {
+    by_torch.taken();
+    return defined(bias) ? at::addmm(*bias, input, weight.t()) : at::linear(input, weight);
+  }
   by_one_dnn.taken();
   // It asks input and weight for their strides, and takes the bias for dense.
   const OptTensor dense = defined(bias) ? OptTensor(bias->contiguous()) : std::nullopt;
@@ -93,16 +99,16 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
 
 Tensor product_tn(const Tensor& a, const Tensor& b) { return product(a.t(), b.t()); }
 
-Tensor product_tn(const Tensor& a, const Tensor& b, at::ScalarType dtype) {
-  if (dtype == a.scalar_type()) return product_tn(a, b);
+Tensor product_as(at::ScalarType dtype, const Tensor& input, const Tensor& weight) {
+  if (dtype == input.scalar_type()) return product(input, weight);
   // As much at a time as is still in the cache when it is widened.
-  const int64_t rows = a.size(1), row_bytes = b.size(1) * b.element_size();
+  const int64_t rows = input.size(0), row_bytes = weight.size(0) * input.element_size();
   const int64_t part = std::max<int64_t>(1, widened_bytes / std::max<int64_t>(1, row_bytes));
   widened.taken();
-  const Tensor out = empty({rows, b.size(1)}, dtype);
+  const Tensor out = empty({rows, weight.size(0)}, dtype);
   for (int64_t row = 0; row < rows; row += part) {
     const int64_t some = std::min(part, rows - row);
-    out.narrow(0, row, some).copy_(product_tn(a.narrow(1, row, some), b));
+    out.narrow(0, row, some).copy_(product(input.narrow(0, row, some), weight));
   }
   return out;
 }

@@ -8,9 +8,10 @@ namespace nnfast {
 // input weight^T + bias, for matrices (M, K) and (N, K) of one dtype and any strides.
 Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias = std::nullopt);
 
+// The same without a bias, widened to float where that is asked of 16-bit ones.
+Tensor product_as(at::ScalarType dtype, const Tensor& input, const Tensor& weight);
+
 // a^T b, for matrices (M, N) and (M, K).
 Tensor product_tn(const Tensor& a, const Tensor& b);
-// The same, widened to float where that is asked of 16-bit ones.
-Tensor product_tn(const Tensor& a, const Tensor& b, at::ScalarType dtype);
 
 }  // namespace nnfast

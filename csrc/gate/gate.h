@@ -41,7 +41,8 @@ enum Op {
   kSgd,
   kRMSprop,
   kTotalNorm,
-  kAttention
+  kAttention,
+  kEmbedding
 };
 constexpr std::array kOps = {
     "layer_norm",
@@ -54,7 +55,8 @@ constexpr std::array kOps = {
     "sgd_",
     "rmsprop_",
     "total_norm",
-    "scaled_dot_product_attention"};
+    "scaled_dot_product_attention",
+    "embedding"};
 
 // Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
 // Python registers and then says so.

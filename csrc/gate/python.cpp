@@ -1,8 +1,8 @@
 // The extension module nnfast._C_<torch's minor version>: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear, linear_gelu, cross_entropy, linear_cross_entropy, scaled_dot_product_attention: the result,
-// or None where the call is torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what is left to
-// torch. A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
+// layer_norm, gelu, linear, linear_gelu, cross_entropy, linear_cross_entropy, embedding, scaled_dot_product_attention:
+// the result, or None where the call is torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what
+// is left to torch. A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
@@ -103,7 +103,7 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
 // On a GPU a Linear's products are torch's in any case; recorded by us, its backward does that of a GELU that it reads,
 // in 16 bits.
 bool gains(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
-  if (input.is_cpu() || held) return true;
+  if (!input.is_cuda() || held) return true;
   const auto device = input.device().type();
   const bool cast = at::autocast::is_autocast_enabled(device);
   return any_needs_grad(input, weight, bias) &&
@@ -161,6 +161,23 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   return output_of(
       [&] { return std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)); });
+  END_HANDLE_TH_ERRORS
+}
+
+// embedding(indices, weight, padding_idx or None, scale_grad_by_freq)
+PyObject* py_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count != 4) return wrong_arguments("embedding(indices, weight, padding_idx, scale_grad_by_freq)");
+  int64_t padding_idx = -1;
+  if (!is_plain(args[0]) || !is_plain(args[1]) || !PyBool_Check(args[3]) ||
+      (args[2] != Py_None && !unpack_int(args[2], padding_idx)))
+    Py_RETURN_NONE;
+  const Tensor &indices = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
+  if (args[2] != Py_None && padding_idx < 0 && weight.dim() > 0) padding_idx += weight.size(0);
+  if (!open_to(kEmbedding, 1, weight, indices) || !covers_embedding(weight, indices, padding_idx) ||
+      (args[2] != Py_None && padding_idx < 0))
+    Py_RETURN_NONE;
+  return output_of([&] { return nnfast::embedding(weight, indices, padding_idx, args[3] == Py_True); });
   END_HANDLE_TH_ERRORS
 }
 
@@ -463,6 +480,7 @@ PyMethodDef methods[] = {
     FAST("linear_gelu", py_linear_gelu),
     FAST("cross_entropy", py_cross_entropy),
     FAST("linear_cross_entropy", py_linear_cross_entropy),
+    FAST("embedding", py_embedding),
     FAST("scaled_dot_product_attention", py_attention),
     FAST("adamw_", py_step<AdamWCall>),
     FAST("sgd_", py_step<SgdCall>),

@@ -14,11 +14,11 @@ namespace nnfast {
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
   // input is read for grad_weight alone, and weight for grad_input. grad_bias is what output_mask[2] asks for, bias or
-  // not. grad_weight lies in memory as weight does, by rows or by columns. dtype: of grad_weight and grad_bias; float
-  // is possible beside 16 bits, where autocast cast a weight.
+  // not. grad_weight lies in memory as weight does, by rows or by columns. dtype: of grad_weight and grad_bias;
+  // input_dtype: of grad_input. Float is possible beside 16 bits, where autocast cast them.
   m.def(
-      "linear_backward(Tensor grad_out, Tensor? input, Tensor? weight, bool[3] output_mask, *, ScalarType? dtype=None)"
-      " -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
+      "linear_backward(Tensor grad_out, Tensor? input, Tensor? weight, bool[3] output_mask, *, ScalarType? dtype=None,"
+      " ScalarType? input_dtype=None) -> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias)");
 }
 
 Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
@@ -28,9 +28,9 @@ Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias) 
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
-    std::optional<at::ScalarType> dtype) {
+    std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
   static const auto op = find_op<decltype(linear_backward)>("linear_backward");
-  return op.call(grad_out, input, weight, output_mask, dtype);
+  return op.call(grad_out, input, weight, output_mask, dtype, input_dtype);
 }
 
 bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
@@ -50,7 +50,7 @@ bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& b
 
 void check_linear_backward(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
-    std::optional<at::ScalarType> dtype) {
+    std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
   const auto fits = [&](const Tensor& t) {
     return t.scalar_type() == grad_out.scalar_type() && t.device() == grad_out.device();
   };
@@ -64,9 +64,10 @@ void check_linear_backward(
           (!output_mask[0] || weight_fits) && (!output_mask[1] || input_fits),
       "nnfast::linear_backward: the shapes, dtypes and devices of grad_out, input and weight must be those of a "
       "Linear's");
-  TORCH_CHECK(
-      !dtype || *dtype == grad_out.scalar_type() || (*dtype == at::kFloat && grad_out.scalar_type() != at::kDouble),
-      "nnfast::linear_backward: dtype must be grad_out's, or float beside 16 bits");
+  for (const auto& asked : {dtype, input_dtype})
+    TORCH_CHECK(
+        !asked || *asked == grad_out.scalar_type() || (*asked == at::kFloat && grad_out.scalar_type() != at::kDouble),
+        "nnfast::linear_backward: dtype must be grad_out's, or float beside 16 bits");
 }
 
 namespace {
@@ -86,15 +87,18 @@ Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptTensor&) 
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
-    std::optional<at::ScalarType> dtype) {
-  check_linear_backward(grad_out, input, weight, output_mask, dtype);
-  const auto options = grad_out.options(), wide = options.dtype(dtype.value_or(grad_out.scalar_type()));
+    std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
+  check_linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
+  const auto options = [&](const auto& asked) {
+    return grad_out.options().dtype(asked.value_or(grad_out.scalar_type()));
+  };
+  const auto wide = options(dtype);
   const c10::SymInt out = grad_out.sym_size(-1);
   Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) {
     c10::SymDimVector sizes(grad_out.sym_sizes());
     sizes.back() = weight->sym_size(1);
-    grad_input = at::empty_symint(sizes, options);
+    grad_input = at::empty_symint(sizes, options(input_dtype));
   }
   if (output_mask[1]) {
     const c10::SymInt in = input->sym_size(-1);
@@ -112,12 +116,12 @@ Tensor linear_aten(const Tensor& input, const Tensor& weight, const OptTensor& b
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_aten(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
-    std::optional<at::ScalarType> dtype) {
-  check_linear_backward(grad_out, input, weight, output_mask, dtype);
+    std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
+  check_linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
   const auto rows = grad_out.reshape_symint({-1, grad_out.sym_size(-1)});
   const auto type = dtype.value_or(grad_out.scalar_type());
   Tensor grad_input, grad_weight, grad_bias;
-  if (output_mask[0]) grad_input = grad_out.matmul(*weight);
+  if (output_mask[0]) grad_input = grad_out.matmul(*weight).to(input_dtype.value_or(grad_out.scalar_type()));
   if (output_mask[1]) {
     const Tensor x = input->reshape_symint({-1, input->sym_size(-1)});
     grad_weight = (by_columns(weight) ? x.t().matmul(rows).t() : rows.t().matmul(x)).to(type);
@@ -136,22 +140,23 @@ Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptTenso
     return nnfast::linear(input, weight, bias);
   }();
   if (any_needs_grad(input, weight, bias))
-    record_linear(output, input, weight, bias, weight, at::isReducedFloatingType(input.scalar_type()));
+    record_linear(output, input, weight, bias, input, weight, at::isReducedFloatingType(input.scalar_type()));
   return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_autograd(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
-    std::optional<at::ScalarType> dtype) {
-  if (any_needs_grad(grad_out, input, weight)) return linear_backward_aten(grad_out, input, weight, output_mask, dtype);
+    std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
+  if (any_needs_grad(grad_out, input, weight))
+    return linear_backward_aten(grad_out, input, weight, output_mask, dtype, input_dtype);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return nnfast::linear_backward(grad_out, input, weight, output_mask, dtype);
+  return nnfast::linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
 }
 
 // ---- autocast: the lower precision, as torch lists linear ----
 //
-// On a CPU the casts of weight and bias are no steps of the graph: the backward makes their gradients in the dtype of
-// what was cast, with no copy in 16 bits in between.
+// On a CPU the casts are no steps of the graph: the backward makes the gradients in the dtype of what was cast, with no
+// copy in 16 bits in between.
 
 Tensor linear_autocast_cpu(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
@@ -161,7 +166,7 @@ Tensor linear_autocast_cpu(const Tensor& input, const Tensor& weight, const OptT
     at::AutoDispatchBelowADInplaceOrView below;
     return nnfast::linear(x, w, b);
   }();
-  if (any_needs_grad(x, weight, bias)) record_linear(output, x, weight, bias, w);
+  if (any_needs_grad(input, weight, bias)) record_linear(output, input, weight, bias, x, w);
   return output;
 }
 
@@ -171,11 +176,13 @@ Tensor linear_autocast_cuda(const Tensor& input, const Tensor& weight, const Opt
   return nnfast::linear(cast(input), cast(weight), cast(bias));
 }
 
-// The dtype of the gradient that is asked of a node along this edge; none where no one is told.
-std::optional<at::ScalarType> dtype_asked(const LinearNode* node, size_t edge) {
-  if (!node || !node->next_edge(edge).is_valid()) return std::nullopt;
+// Float where that is the gradient that is asked of a node along this edge, and `grad` has 16 bits; else none.
+std::optional<at::ScalarType> wider_asked(const LinearNode* node, size_t edge, const Tensor& grad) {
+  if (!node || !node->next_edge(edge).is_valid() || grad.scalar_type() == at::kDouble || !grad.is_cpu())
+    return std::nullopt;
   const auto& to = node->next_edge(edge);
-  return to.function->input_metadata(to.input_nr).options().dtype().toScalarType();
+  const auto asked = to.function->input_metadata(to.input_nr).options().dtype().toScalarType();
+  return asked == at::kFloat ? std::optional(asked) : std::nullopt;
 }
 
 // Whether this backward will run `node`, and not just look at what comes to it.
@@ -216,19 +223,19 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
     worked_ahead.taken();
     mask[0] = false;
   }
-  auto dtype = mask[1] || mask[2] ? dtype_asked(node, mask[1] ? 1 : 2) : std::nullopt;
-  if (dtype != at::kFloat || grads[0].scalar_type() == at::kDouble || !grads[0].is_cpu()) dtype = std::nullopt;
-  auto [grad_input, grad_weight, grad_bias] = nnfast::linear_backward(grads[0], saved[0], saved[1], mask, dtype);
+  const auto asked = [&](size_t edge) { return mask[edge] ? wider_asked(node, edge, grads[0]) : std::nullopt; };
+  auto [grad_input, grad_weight, grad_bias] =
+      nnfast::linear_backward(grads[0], saved[0], saved[1], mask, asked(mask[1] ? 1 : 2), asked(0));
   return {gelu ? before : grad_input, grad_weight, sums.defined() ? sums : grad_bias};
 }
 
 void record_linear(
-    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& multiplied,
-    bool works_ahead) {
+    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_input,
+    const Tensor& cast_weight, bool works_ahead) {
   const auto node = make_node<Linear, LinearNode>(input, weight, bias);
   node->works_ahead = works_ahead;
   // Each is kept for the other's gradient alone.
-  record(node, output, {needs_grad(weight) ? input : Tensor(), needs_grad(input) ? multiplied : Tensor()});
+  record(node, output, {needs_grad(weight) ? cast_input : Tensor(), needs_grad(input) ? cast_weight : Tensor()});
 }
 
 TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) {

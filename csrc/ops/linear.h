@@ -93,9 +93,9 @@ class GeluNode {
   Ahead<Grads> grads;
 };
 
-// Records `output` as input weight^T + bias; `multiplied` is what autocast made of the weight, if it did.
+// Records `output` as input weight^T + bias; cast_... are what autocast made of them, if it did.
 void record_linear(
-    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& multiplied,
-    bool works_ahead = false);
+    const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_input,
+    const Tensor& cast_weight, bool works_ahead = false);
 
 }  // namespace nnfast

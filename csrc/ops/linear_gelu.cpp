@@ -255,17 +255,17 @@ std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_autograd(
   return gelu_linear_backward(grad_output, weight, self, approximate);
 }
 
-// weight and bias as they are recorded, and what autocast made of them.
+// input, weight and bias as they are recorded, and what autocast made of them.
 std::tuple<Tensor, Tensor> recorded_linear_gelu(
-    const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_weight,
-    const OptTensor& cast_bias, c10::string_view approximate, bool want_pre) {
+    const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_input,
+    const Tensor& cast_weight, const OptTensor& cast_bias, c10::string_view approximate, bool want_pre) {
   const bool recorded = any_needs_grad(input, weight, bias);
   auto [output, pre] = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_gelu(input, cast_weight, cast_bias, approximate, want_pre || recorded);
+    return linear_gelu(cast_input, cast_weight, cast_bias, approximate, want_pre || recorded);
   }();
   if (recorded) {
-    record_linear(pre, input, weight, bias, cast_weight);
+    record_linear(pre, input, weight, bias, cast_input, cast_weight);
     output = recorded_gelu(std::move(output), pre, approximate == "tanh");
   }
   return {output, pre};
@@ -273,7 +273,7 @@ std::tuple<Tensor, Tensor> recorded_linear_gelu(
 
 std::tuple<Tensor, Tensor> linear_gelu_autograd(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
-  return recorded_linear_gelu(input, weight, bias, weight, bias, approximate, want_pre);
+  return recorded_linear_gelu(input, weight, bias, input, weight, bias, approximate, want_pre);
 }
 
 // ---- autocast: the lower precision, as torch lists linear; gelu is not listed. On a CPU as linear's ----
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor> linear_gelu_autocast_cpu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
   const auto cast = [](const auto& t) { return autocast_to_lower(t, at::kCPU); };
-  return recorded_linear_gelu(cast(input), weight, bias, cast(weight), cast(bias), approximate, want_pre);
+  return recorded_linear_gelu(input, weight, bias, cast(input), cast(weight), cast(bias), approximate, want_pre);
 }
 
 std::tuple<Tensor, Tensor> linear_gelu_autocast_cuda(

@@ -82,7 +82,7 @@ bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& b
 // torch's kind of error where what the op would read does not fit together.
 void check_linear_backward(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
-    std::optional<at::ScalarType> dtype);
+    std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
 bool covers_cross_entropy(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
@@ -95,6 +95,7 @@ bool covers_linear_cross_entropy(
 std::optional<double> total_weight(
     const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index);
 
+bool covers_embedding(const Tensor& weight, const Tensor& indices, int64_t padding_idx);
 bool covers_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal);
 // Whether the user forbids torch no kernel that would have taken this call.
@@ -118,7 +119,7 @@ Tensor gelu_backward(const Tensor& grad_output, const Tensor& self, c10::string_
 Tensor linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
 std::tuple<Tensor, Tensor, Tensor> linear_backward(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
-    std::optional<at::ScalarType> dtype = std::nullopt);
+    std::optional<at::ScalarType> dtype = std::nullopt, std::optional<at::ScalarType> input_dtype = std::nullopt);
 std::tuple<Tensor, Tensor> gelu_backward_sum(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
 std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward(
@@ -145,6 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
     const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::array<bool, 3> output_mask);
+Tensor embedding(const Tensor& weight, const Tensor& indices, c10::SymInt padding_idx, bool scale_grad_by_freq);
 std::tuple<Tensor, Tensor> scaled_dot_product_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal,
     std::optional<double> scale);

@@ -4,6 +4,7 @@ import torch.nn.functional as _torch
 from torch.nn.functional import *  # noqa: F403
 
 from nnfast.functional import cross_entropy as cross_entropy
+from nnfast.functional import embedding as embedding
 from nnfast.functional import gelu as gelu
 from nnfast.functional import layer_norm as layer_norm
 from nnfast.functional import linear as linear

@@ -6,10 +6,11 @@ from torch import Tensor
 from nnfast import functional as F
 from nnfast.nn.layer_norm import LayerNorm
 from nnfast.nn.linear import Linear
+from nnfast.nn.multihead_attention import MultiheadAttention
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
-    """``torch.nn.TransformerEncoderLayer`` whose norms and feed-forward use our ops.
+    """``torch.nn.TransformerEncoderLayer`` whose attention, norms and feed-forward use our ops.
 
     The same arguments, children and ``state_dict``.
     """
@@ -21,6 +22,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         kwargs = {k: torch.nn.functional.gelu if v is F.gelu else v for k, v in kwargs.items()}
         super().__init__(*args, **kwargs)
         for child, ours in (
+            (self.self_attn, MultiheadAttention),
             (self.norm1, LayerNorm),
             (self.norm2, LayerNorm),
             (self.linear1, Linear),
