@@ -159,7 +159,8 @@ def red(tests: list[str], environment: dict[str, str]) -> str:
     """The test that fails, or how they end; empty where they pass. The built package goes before every other, in child
     processes too."""
     tests = [str(TREE / test) for test in tests]
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not test_other_instruction_sets"]
+    # Without inlining no product is fused with its sum, and what looks at the last digits fails in any case.
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not (test_other_instruction_sets or no_less_accurate)"]
     command = [sys.executable, "-m", "pytest", "-c", str(TREE / "pyproject.toml"), "--rootdir", str(TREE)]
     environment = {**os.environ, **environment}
     try:
