@@ -114,6 +114,8 @@ def test_layer_norm_backward_of_long_rows(dtype, on):
             x, g = tensor(rows, size, dtype=dtype), tensor(rows, size, dtype=dtype, grad=False)
             weight, bias = (tensor(size, dtype=dtype) if affine else None for _ in "wb")
             compare_layer_norm((x, (size,), weight, bias, 1e-5), g, f"{rows} x {size}")
+            if dtype in HALF and affine:
+                compare_to_float32((x, (size,), weight, bias, 1e-5), g, f"{rows} x {size} to float32")
 
 
 @pytest.mark.parametrize("size", [13, 64, 1000, 2048, 16392])
@@ -412,7 +414,8 @@ def test_all_of_this_was_launched():
     kernels = {
         int(address, 16): name
         for address, name in re.findall(r"^(\w+) [tTwW] (.*_kernel(?:<.*>)?\(.*)$", listed, re.MULTILINE)
-        if "clone" not in name and ".cold" not in name
+        if not any(part in name for part in ("clone", ".cold", "{lambda"))
     }
     assert len(kernels) > 50
-    assert not sorted(name for at, name in kernels.items() if at not in found)
+    missing = sorted(name for at, name in kernels.items() if at not in found)
+    assert not missing, "\n".join(missing)

@@ -24,6 +24,9 @@ using HeldForward = HeldList<
     Held<4, 16>, Held<8, 16>, Held<16, 16>, Held<16, 32>, Held<32, 32>, Held<128, 16>, Held<256, 16>, Held<512, 16>>;
 using HeldBackward = HeldList<
     Held<8, 8>, Held<16, 8>, Held<32, 8>, Held<32, 16>, Held<128, 8>, Held<128, 16>, Held<256, 16>, Held<512, 16>>;
+// Where it cannot be by vectors: the longest would spill on a Blackwell, and goes to a cluster.
+using HeldBackwardByElements =
+    HeldList<Held<8, 8>, Held<16, 8>, Held<32, 8>, Held<32, 16>, Held<128, 8>, Held<128, 16>, Held<256, 16>>;
 // By each block of a cluster, which share a row's columns.
 using HeldByCluster = Held<512, 16>;
 // Threads of the backward that a multiprocessor shall have registers for: what the compiler is held to. Blackwell takes
@@ -420,7 +423,7 @@ Plan plan(const LayerNormBackward& b) {
     return Vectors ? decltype(h)::kSize * decltype(h)::kRows * (sizeof(W) + sizeof(T)) : 0;
   };
   return with_held(
-      b.size, HeldBackward{},
+      b.size, std::conditional_t<Vectors, HeldBackward, HeldBackwardByElements>{},
       [&](auto h) -> Plan {
         using H = decltype(h);
         const auto kernel = layer_norm_bwd_kernel<T, W, H, Vectors, false>;
