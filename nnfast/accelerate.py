@@ -127,10 +127,10 @@ def _transformers():
 def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """Make every module of ``model`` that nnfast has a kernel for use it, in place.
 
-    Modules of torch's classes LayerNorm, Linear, GELU, Embedding, CrossEntropyLoss and TransformerEncoderLayer become
-    ours, and so do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class and nothing else:
-    parameters, hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and ``isinstance(m,
-    torch.nn.LayerNorm)`` holds as before. A module of transformers whose attention is ``sdpa`` finds ours by that name;
+    Modules of torch's classes LayerNorm, Linear, GELU, Embedding, MultiheadAttention, TransformerEncoderLayer and the
+    two losses become ours, and so do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class
+    and nothing else: parameters, hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and
+    ``isinstance(m, torch.nn.LayerNorm)`` holds as before. A module of transformers whose attention is ``sdpa`` finds ours by that name;
     its ``config`` says so to nobody else. Only this model is touched, a second call changes nothing, and ``restore``
     undoes it.
 
