@@ -130,9 +130,9 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     Modules of torch's classes LayerNorm, Linear, GELU, Embedding, MultiheadAttention, TransformerEncoderLayer and the
     two losses become ours, and so do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class
     and nothing else: parameters, hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and
-    ``isinstance(m, torch.nn.LayerNorm)`` holds as before. A module of transformers whose attention is ``sdpa`` finds ours by that name;
-    its ``config`` says so to nobody else. Only this model is touched, a second call changes nothing, and ``restore``
-    undoes it.
+    ``isinstance(m, torch.nn.LayerNorm)`` holds as before. A module of transformers whose attention is ``sdpa`` finds
+    ours by that name; its ``config`` says so to nobody else. Only this model is touched, a second call changes
+    nothing, and ``restore`` undoes it.
 
     ``report`` says what was done.
 
