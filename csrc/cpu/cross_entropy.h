@@ -21,7 +21,7 @@ NNFAST_INLINE double value(const T* p) {
   return sum(load(p, First<A>{1}));
 }
 
-// log x for x >= 1, to 1e-13: enough for what is rounded to a float, and a fifth of the library's time. Scalar math:
+// log x for x >= 1, to 1e-13: enough for what is rounded to a float, and no call of the library's. Scalar math:
 // x = 2^e m, sqrt(1/2) <= m < sqrt(2), z = (m - 1) / (m + 1), log x = e log 2 + 2 (z + z^3 / 3 + z^5 / 5 + ...).
 NNFAST_INLINE double log_from_one(double x, float) {
   int64_t bits;
