@@ -23,14 +23,22 @@ def rows() -> list[tuple[str, str, str, str]]:
 def products() -> str:
     """Which library multiplies on this CPU: the same for the whole process."""
     numbers = backend.native.thresholds() if backend.native else {}
-    if backend.available("cpu") or not torch.backends.mkldnn.is_available():
+    if backend.available("cpu"):
+        return "torch's"
+    if numbers["product.gemm_16_bits"]:
+        one_dnn = torch.ops.mkldnn
+        has = {"bfloat16": one_dnn._is_mkldnn_bf16_supported(), "float16": one_dnn._is_mkldnn_fp16_supported()}
+        ours = " and ".join(name for name, there in has.items() if not there)
+        said = f"{ours}: ours, for oneDNN has none for this CPU (measured on AMD); all else: torch's"
+        return said if ours else "torch's"
+    if not torch.backends.mkldnn.is_available():
         return "torch's"
     if not numbers["product.one_dnn_float32"]:
         return "torch's: MKL is made for this CPU (assumed; not measured on Intel)"
     least = numbers["product.one_dnn_multiply_adds"]
     return (
-        f"float32 from {least:,} multiply-adds on: oneDNN (measured on AMD, with AVX-512 and with AVX2 alone, there for"
-        " operands by rows; assumed elsewhere, but on Intel); all else: torch's"
+        f"float32 from {least:,} multiply-adds on: oneDNN (measured on AMD; assumed elsewhere, but on Intel); all else:"
+        " torch's"
     )
 
 

@@ -46,7 +46,8 @@ SHARED = {
     "moments": ["layer_norm"],
     "rows": ["layer_norm", "cross_entropy"],
     "gelu": ["linear_gelu"],
-    "attention_tiles": ["attention"],
+    "tiles": ["attention", "linear"],
+    "gemm": ["linear", "linear_gelu"],
     "attention_backward": ["attention"],
 }
 # Of test_fuzz.py, what draws cases for them.

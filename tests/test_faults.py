@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("cpu_kernels")
 # Outputs as at::empty's, and as blocks of ours; every path that a small case can be led to.
 SMALL = {}
 LOW = {"memory__large_bytes": 256, "linear_gelu__block_bytes": 1, "thread_elements": 64, "stream_bytes": 1}
-LOW |= {"product__one_dnn_multiply_adds": 1}
+LOW |= {"product__one_dnn_multiply_adds": 1, "product__gemm_16_bits": 2, "product__gemm_multiply_adds": 1}
 PATHS = pytest.mark.parametrize("numbers", [SMALL, LOW], ids=["as they are", "low"])
 
 

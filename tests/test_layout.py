@@ -26,7 +26,7 @@ ELSEWHERE = {f"tests/test_{stem}.py": "tests/test_optimizers.py" for stem in ("r
 ELSEWHERE |= {f"benchmarks/bench_{s}.py": "benchmarks/bench_optimizers.py" for s in ("clip_grad", "rmsprop", "sgd")}
 
 # Of csrc/cpu, what the kernels share.
-SHARED = "simd", "attention_backward", "attention_tiles", "elementary", "kernels", "isa", "optimizer"
+SHARED = "simd", "attention_backward", "tiles", "gemm", "elementary", "kernels", "isa", "optimizer"
 
 
 def stems():

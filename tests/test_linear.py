@@ -17,6 +17,10 @@ SHAPES = [((5,), 3), ((1, 1), 1), ((4, 7), 9), ((2, 3, 17), 33), ((2, 1, 3, 8), 
 
 # Where products go by their sizes: to the library for large ones, or to torch.
 EVERY_PRODUCT = {"product__one_dnn_multiply_adds": 0, "product__one_dnn_float32": 1}
+# Ours of 16 bits, in blocks that a small product has several of.
+EVERY_GEMM = {"product__gemm_16_bits": 2, "product__gemm_multiply_adds": 0, "gemm__thread_multiply_adds": 1000}
+EVERY_GEMM |= {"gemm__rows": 50, "gemm__columns": 1, "gemm__thread_rows": 7}
+PRODUCTS = pytest.mark.parametrize("numbers", [{}, EVERY_PRODUCT, EVERY_GEMM], ids=["", "one_dnn", "gemm"])
 
 
 def sample_inputs(dtype, requires_grad=True, shapes=SHAPES):
@@ -46,7 +50,7 @@ def compare(args, grad_out, what):
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-@pytest.mark.parametrize("numbers", [{}, EVERY_PRODUCT], ids=["", "one_dnn"])
+@PRODUCTS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_and_gradients(dtype, numbers):
     """N1: against float64, over shapes and dtypes."""
@@ -57,7 +61,7 @@ def test_values_and_gradients(dtype, numbers):
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-@pytest.mark.parametrize("numbers", [{}, EVERY_PRODUCT], ids=["", "one_dnn"])
+@PRODUCTS
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(dtype, numbers):
     """N1: strides, zero strides and offsets of every argument: each in each layout beside dense ones, and all alike."""
@@ -341,6 +345,53 @@ def test_square_products(n, bias, autocast):
     tolerance = 2**-7 if autocast else 1e-5
     for ours, torchs in ((y, expected), (grad, grad_expected)):
         assert (ours - torchs).abs().max() <= tolerance * torchs.abs().max()
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_products_of_16_bits(dtype):
+    """N1: past a block of rows, of columns and of depth; operands by rows, by columns and neither; into float."""
+    numbers = {"product__gemm_16_bits": 2, "product__gemm_multiply_adds": 0}
+    sizes = [(7, 5, 3), (1050, 40, 1100), (130, 600, 257), (2, 64, 2)]
+    for (m, k, n), low in itertools.product(sizes, (False, True)):
+        with thresholds(**(EVERY_GEMM if low else numbers)):
+            for x, w in itertools.product(operands(m, k, dtype), operands(n, k, dtype)):
+                b = torch.randn(2 * n, dtype=torch.float64).to(dtype)[::2]
+                with served("product.gemm"):
+                    ours = torch.ops.nnfast.linear(x, w, b)
+                exact = TF.linear(x.double(), w.double(), b.double())
+                assert_close(ours, TF.linear(x.float(), w.float(), b.float()).to(dtype), exact, f"{m} {k} {n}")
+                with served("product.gemm"):
+                    _, wide, _ = torch.ops.nnfast.linear_backward(ours, x, w, (False, True, False), dtype=torch.float32)
+                true = ours.double().t() @ x.double()
+                size = ours.double().abs().t() @ x.double().abs()
+                # Products of two numbers of 16 bits are exact in float, and each of m additions rounds by half an eps.
+                assert wide.dtype == torch.float32
+                assert ((wide.double() - true).abs() <= size * torch.finfo(torch.float32).eps / 2 * m).all()
+
+
+def operands(rows, columns, dtype):
+    """The same kind of matrix by rows, by columns, with gaps both ways, and one row over and over."""
+    t = torch.randn(2 * rows, 2 * columns, dtype=torch.float64).to(dtype)
+    yield t[:rows, :columns].contiguous()
+    yield t[:rows, :columns].t().contiguous().t()
+    yield t[::2, ::2]
+    yield t[:1, :columns].expand(rows, columns)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_the_gemm_repeats_for_any_number_of_threads(dtype):
+    x, w = (torch.randn(*s).to(dtype) for s in ((300, 700), (130, 700)))
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            with thresholds(product__gemm_16_bits=2, gemm__thread_multiply_adds=1000), served("product.gemm"):
+                found.append(torch.ops.nnfast.linear(x, w))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found)
 
 
 def test_repeats_to_the_bit():

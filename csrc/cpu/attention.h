@@ -14,10 +14,10 @@
 //
 // Every sum is taken in one order, whoever takes it: the result is the same for any number of threads.
 //
-// The products are in attention_tiles.h, the backward in attention_backward.h; here are the scores and the forward.
+// The products are in tiles.h, the backward in attention_backward.h; here are the scores and the forward.
 #pragma once
 
-#include "attention_tiles.h"
+#include "tiles.h"
 
 namespace nnfast::NNFAST_ISA {
 

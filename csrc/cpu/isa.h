@@ -27,6 +27,7 @@ NNFAST_PRAGMA(GCC target(NNFAST_TARGET))
 #include "attention_backward.h"
 #include "clip_grad.h"
 #include "cross_entropy.h"
+#include "gemm.h"
 #include "layer_norm.h"
 #include "linear.h"
 #include "linear_gelu.h"
@@ -52,6 +53,9 @@ extern const Kernels kernels = {
     sum_of_squares,
     largest,
     scale,
+    kPanel,
+    gemm_lay,
+    gemm,
     attention,
     attention_scratch,
 };

@@ -135,6 +135,27 @@ struct Attention {
   bool scaled_first() const { return mask_type != Mask::none || !(scale > 1e-30 && scale < 1e30); }
 };
 
+// c = a b^T + bias for matrices (m, k) and (n, k) of 16 bits, of which each lies by rows or by columns: one stride
+// is 1. Summed in float; c lies by rows, and is float or of the dtype of a and b. The caller goes over blocks of k, one
+// after another, and for each lays the columns of b out and then adds the products of its rows to the sums.
+struct Gemm {
+  static constexpr int64_t kDepth = 256;  // of a block of k
+  struct Matrix {
+    const void* p;
+    int64_t strides[2];  // in elements
+  };
+  DType dtype, out_dtype;
+  int64_t m, n, k;
+  Matrix a, b;
+  const void* bias;  // n of dtype, or null
+  void* c;
+  int64_t c_stride;
+};
+// Rows and columns of c, and a block of k.
+struct GemmPart {
+  int64_t row, rows, column, columns, k0, depth;
+};
+
 // Row kernels take [begin, end) of the rows, elementwise ones of the elements. `grad_weight`, `grad_bias` are
 // sums of the accumulation type over those rows, added to what is there; either may be null.
 struct Kernels {
@@ -159,6 +180,12 @@ struct Kernels {
   double (*sum_of_squares)(DType dtype, const void* x, int64_t begin, int64_t end);
   double (*largest)(DType dtype, const void* x, int64_t begin, int64_t end);
   void (*scale)(DType dtype, void* x, double factor, int64_t begin, int64_t end);
+  // How many columns of b are laid out side by side: a block has a multiple of it, beyond its last column too.
+  int64_t gemm_columns;
+  void (*gemm_lay)(const Gemm&, const GemmPart&, float* b);
+  // Adds to the sums, `stride` floats a row, or sets them where k0 is 0; where the depth ends k, c is written. `a`:
+  // room for rows x depth floats, and 16 more.
+  void (*gemm)(const Gemm&, const GemmPart&, const float* b, float* sums, int64_t stride, float* a);
   void (*attention)(const Attention&, Attention::Part, int64_t task, void* scratch);
   // Bytes of scratch memory, aligned to 64.
   int64_t (*attention_scratch)(const Attention&, Attention::Part);

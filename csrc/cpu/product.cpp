@@ -21,10 +21,10 @@ __attribute__((weak, visibility("default"))) void mkldnn_matmul(
 namespace nnfast {
 namespace {
 
-Path by_one_dnn("product.one_dnn"), into_memory("product.into_memory"), by_torch("product.torch"),
-    widened("product.widened");
+Path by_gemm("product.gemm"), by_one_dnn("product.one_dnn"), into_memory("product.into_memory"),
+    by_torch("product.torch"), widened("product.widened");
 
-// Whether float32 products are oneDNN's at all: on Intel's CPUs they stay MKL's, which is made for them.
+// Whether torch's float32 products may be another's at all: on Intel's CPUs they stay MKL's, which is made for them.
 bool not_intel() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
@@ -33,13 +33,22 @@ bool not_intel() {
   return false;
 #endif
 }
-Threshold one_dnn_float32("product.one_dnn_float32", not_intel());
+bool avx512() { return cpu_kernels() && cpu_kernels()->avx512; }
+bool avx2() { return cpu_kernels() && !cpu_kernels()->avx512; }
 
 // torch multiplies float32 with MKL, and oneDNN is at hand in the same library: 1.1 times as fast on a Zen 4, 1.9
-// times on a Zen 5, slower only where the call costs more than the product. With AVX2 alone that holds while both
-// operands lie by rows. 16-bit products are oneDNN's anyway; but torch writes the bias into each row of the output
-// before them, and asked itself oneDNN adds it as it goes: 1.04 to 1.08 times as fast at 1024 rows.
+// times on a Zen 5, slower only where the call costs more than the product. With AVX2 alone it is not. 16-bit products
+// are oneDNN's anyway; but torch writes the bias into each row of the output before them, and asked itself oneDNN adds
+// it as it goes: 1.04 to 1.08 times as fast at 1024 rows.
+Threshold one_dnn_float32("product.one_dnn_float32", not_intel() && avx512());
 Threshold one_dnn_multiply_adds("product.one_dnn_multiply_adds", 2'000'000);
+
+// In 16 bits on a CPU for which oneDNN has no kernels of them, our own (gemm.h) is 4 to 12 times as fast as torch's
+// where both operands lie by rows, and 20 to 100 where the weight lies by columns, as it does for the input's gradient
+// (a Zen 3). Measured with AVX2 alone. In tests 2: whatever oneDNN has.
+Threshold gemm_16_bits("product.gemm_16_bits", avx2());
+// Below, the call costs more than the product, even where torch's makes a thousand million a second.
+Threshold gemm_multiply_adds("product.gemm_multiply_adds", 8192);
 
 using OneDnnLinear = Tensor(
     const Tensor&, const Tensor&, const OptTensor&, c10::string_view, c10::List<std::optional<at::Scalar>>,
@@ -50,17 +59,39 @@ const std::optional<c10::OperatorHandle>& one_dnn() {
   return op;
 }
 
+// Whether oneDNN has kernels of this type for this CPU.
+bool one_dnn_has(at::ScalarType dtype) {
+  const auto asked = [](const char* name) {
+    const auto op = c10::Dispatcher::singleton().findSchema({name, ""});
+    return op && op->typed<bool()>().call();
+  };
+  static const bool bfloat16 = asked("mkldnn::_is_mkldnn_bf16_supported");
+  static const bool float16 = asked("mkldnn::_is_mkldnn_fp16_supported");
+  return dtype == at::kHalf ? float16 : bfloat16;
+}
+
+int64_t multiply_adds(const Tensor& input, const Tensor& weight) {
+  return input.size(0) * input.size(1) * weight.size(0);
+}
+
+bool gemm_serves(const Tensor& input, const Tensor& weight) {
+  if (!at::isReducedFloatingType(input.scalar_type()) || gemm_16_bits <= one_dnn_has(input.scalar_type())) return false;
+  const int64_t work = multiply_adds(input, weight);
+  // One row is a sum of products a column, which torch makes as fast as it reads a weight that lies by rows.
+  const bool one_row = input.size(0) == 1 && input.stride(1) == 1 && weight.stride(1) == 1;
+  return work > 0 && work >= gemm_multiply_adds && !one_row;
+}
+
 bool one_dnn_serves(const Tensor& input, const Tensor& weight, bool has_bias) {
   const bool is_float = input.scalar_type() == at::kFloat;
-  if (!one_dnn() || !(is_float ? one_dnn_float32 : input.scalar_type() == at::kBFloat16 && has_bias)) return false;
-  const int64_t multiply_adds = input.size(0) * input.size(1) * weight.size(0);
-  if (multiply_adds == 0 || multiply_adds < one_dnn_multiply_adds) return false;
+  if (!one_dnn() || !(is_float ? one_dnn_float32 : input.scalar_type() == at::kBFloat16 && has_bias && avx512()))
+    return false;
+  const int64_t work = multiply_adds(input, weight);
   const auto& context = at::globalContext();
   const auto precision = context.float32Precision(at::Float32Backend::MKLDNN, at::Float32Op::MATMUL);
   // Where the user lets float32 products run in a lower precision, torch decides how.
   const bool exact = !is_float || (precision != at::Float32Precision::BF16 && precision != at::Float32Precision::TF32);
-  const bool by_rows = input.is_contiguous() && weight.is_contiguous();
-  return exact && context.userEnabledMkldnn() && (cpu_kernels()->avx512 || (is_float && by_rows));
+  return work > 0 && work >= one_dnn_multiply_adds && exact && context.userEnabledMkldnn();
 }
 
 // How much of a 16-bit product is made before it is widened to float.
@@ -79,8 +110,13 @@ Tensor one_dnn_matmul(const Tensor& a, const Tensor& b) {
 Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   // What comes here has the dtype it shall have, also where a backward runs inside autocast.
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  if (gemm_serves(input, weight)) {
+    by_gemm.taken();
+    return gemm(input.scalar_type(), input, weight, bias);
+  }
   const bool one_dnn_does = one_dnn_serves(input, weight, defined(bias));
-  if (one_dnn_does && !defined(bias) && at::native::mkldnn_matmul) {
+  // Of a CPU without bfloat16 it asks for that in float32 too.
+  if (one_dnn_does && !defined(bias) && at::native::mkldnn_matmul && one_dnn_has(at::kBFloat16)) {
     by_one_dnn.taken();
     return one_dnn_matmul(input, weight.t());
   }
@@ -101,6 +137,10 @@ Tensor product_tn(const Tensor& a, const Tensor& b) { return product(a.t(), b.t(
 
 Tensor product_as(at::ScalarType dtype, const Tensor& input, const Tensor& weight) {
   if (dtype == input.scalar_type()) return product(input, weight);
+  if (gemm_serves(input, weight)) {
+    by_gemm.taken();
+    return gemm(dtype, input, weight);
+  }
   // As much at a time as is still in the cache when it is widened.
   const int64_t rows = input.size(0), row_bytes = weight.size(0) * input.element_size();
   const int64_t part = std::max<int64_t>(1, widened_bytes / std::max<int64_t>(1, row_bytes));

@@ -1,5 +1,5 @@
-// The products of attention: tiles in registers, and how the operands are laid out for them. What a product multiplies
-// is said in attention.h.
+// Products in registers, a tile at a time, and how the operands are laid out for them: for attention (attention.h) and
+// for matrices (gemm.h).
 #pragma once
 
 #include "elementary.h"
@@ -162,18 +162,20 @@ NNFAST_INLINE void exchange_all(f32v (&r)[kLanes]) {
     if (!(i & step)) exchange<step>(r[i], r[i + step]);
 }
 
-// to[w][r] = rows[r][w], and 0 for r from `rows` up to whole registers. `to` has kBlock columns.
-NNFAST_INLINE void turn(Words from, int64_t rows, int64_t width, float* to) {
+// to[w][r] = rows[r][w], and 0 for r from `rows` up to whole registers. `to` has `to_stride` columns: where those are
+// fewer than the registers write, each row ends what the one before it wrote too far.
+template <int64_t to_stride = kBlock, class T>
+NNFAST_INLINE void turn(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
   for (int64_t r = 0; r < rows; r += kLanes)
     for (int64_t w = 0; w < width; w += kLanes) {
       f32v reg[kLanes];
-      const float* p = from.p + r * from.stride + w;
+      const T* p = from + r * stride + w;
       const int64_t there = std::min(kLanes, rows - r), wide = std::min(kLanes, width - w);
-      if (wide == kLanes && there == kLanes) {
+      if (wide == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) reg[i] = load(p + i * from.stride, Full<f32v>{});
+        for (int i = 0; i < kLanes; ++i) reg[i] = i < there ? load(p + i * stride, Full<f32v>{}) : f32v(0.0f);
       } else {
-        for (int i = 0; i < kLanes; ++i) reg[i] = i < there ? load(p + i * from.stride, Tail<f32v>{wide}) : f32v(0.0f);
+        for (int i = 0; i < kLanes; ++i) reg[i] = i < there ? load(p + i * stride, Tail<f32v>{wide}) : f32v(0.0f);
       }
       exchange_all<1>(reg);
       exchange_all<2>(reg);
@@ -183,10 +185,14 @@ NNFAST_INLINE void turn(Words from, int64_t rows, int64_t width, float* to) {
 #endif
       if (wide == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + (w + i) * kBlock + r, reg[i], Full<f32v>{});
+        for (int i = 0; i < kLanes; ++i) store(to + (w + i) * to_stride + r, reg[i], Full<f32v>{});
       } else
-        for (int i = 0; i < wide; ++i) store(to + (w + i) * kBlock + r, reg[i], Full<f32v>{});
+        for (int i = 0; i < wide; ++i) store(to + (w + i) * to_stride + r, reg[i], Full<f32v>{});
     }
+}
+
+NNFAST_INLINE void turn(Words from, int64_t rows, int64_t width, float* to) {
+  turn(from.p, from.stride, rows, width, to);
 }
 
 // Rows whose elements follow each other in a tensor.

@@ -1,0 +1,96 @@
+// The product of two matrices on a CPU: memory and threads. The arithmetic is in gemm.h.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "../gate/paths.h"
+#include "cpu.h"
+#include "memory.h"
+#include "product.h"
+
+namespace nnfast {
+namespace {
+
+// How much of c is summed up at a time: the sums, floats, stay in the last cache over all blocks of k.
+Threshold sum_rows("gemm.rows", 1024), sum_columns("gemm.columns", 1024);
+// Rows of a that a thread lays out at a time: with a depth of 256 half of the second cache of most CPUs.
+Threshold thread_rows("gemm.thread_rows", 120);
+// What a thread multiplies and adds at the least.
+Threshold thread_multiply_adds("gemm.thread_multiply_adds", 200'000);
+
+// Holds what `view` points to.
+struct Operand {
+  Tensor tensor;
+  Gemm::Matrix view;
+
+  explicit Operand(const Tensor& t) {
+    const bool by_rows = t.stride(1) == 1 || t.size(1) == 1, by_columns = t.stride(0) == 1 || t.size(0) == 1;
+    tensor = by_rows || by_columns ? t : t.contiguous();
+    view.p = tensor.const_data_ptr();
+    view.strides[0] = by_columns && !by_rows ? 1 : tensor.stride(0);
+    view.strides[1] = by_columns && !by_rows ? tensor.stride(1) : 1;
+  }
+};
+
+// Part number i of `parts` of n, whole steps but the last.
+std::pair<int64_t, int64_t> part_of(int64_t n, int64_t parts, int64_t i, int64_t step) {
+  const int64_t steps = (n + step - 1) / step, begin = std::min(n, steps * i / parts * step);
+  return {begin, std::min(n, steps * (i + 1) / parts * step) - begin};
+}
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+}  // namespace
+
+Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptTensor& bias) {
+  const auto& kernels = *cpu_kernels();
+  const Operand a(a_), b(b_);
+  const Tensor dense = defined(bias) ? bias->contiguous() : Tensor();
+  Tensor c = empty({a_.size(0), b_.size(0)}, dtype);
+  const Gemm f{cpu_dtype(a_),        cpu_dtype(c), a_.size(0), b_.size(0),
+               a_.size(1),           a.view,       b.view,     dense.defined() ? dense.const_data_ptr() : nullptr,
+               c.mutable_data_ptr(), b_.size(0)};
+  const int64_t panel = kernels.gemm_columns, rows = std::min<int64_t>(f.m, sum_rows);
+  const int64_t columns = std::min(round_up(f.n, panel), round_up(sum_columns, panel));
+  const int64_t threads =
+      std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), f.m * f.n * f.k / thread_multiply_adds));
+  // Blocks of rows for all threads alike; where there are too few rows for that, threads share the columns as well.
+  constexpr int64_t kRows = 6;
+  int64_t row_parts = round_up((rows + thread_rows - 1) / thread_rows, threads);
+  row_parts = std::max<int64_t>(1, std::min(row_parts, rows / (4 * kRows)));
+  const int64_t column_parts = std::min((threads + row_parts - 1) / row_parts, columns / panel);
+  const int64_t parts = row_parts * column_parts;
+  const int64_t depth = std::min(f.k, Gemm::kDepth),
+                a_size = (round_up(rows, kRows) / row_parts + 2 * kRows) * depth + 16;
+
+  const Tensor space = empty({columns * depth + rows * columns + threads * a_size}, at::kFloat);
+  float *const laid = space.mutable_data_ptr<float>(), *const sums = laid + columns * depth;
+  float* const rooms = sums + rows * columns;
+  for (int64_t row = 0; row < f.m; row += rows)
+    for (int64_t column = 0; column < f.n; column += columns)
+      for (int64_t k0 = 0; k0 < f.k; k0 += depth) {
+        GemmPart whole{row, std::min(rows, f.m - row), column, std::min(columns, f.n - column),
+                       k0,  std::min(depth, f.k - k0)};
+        const auto for_each = [&](int64_t count, auto&& body) {
+          at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+            for (int64_t t = first; t < last; ++t)
+              for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) body(t, i);
+          });
+        };
+        for_each((whole.columns + panel - 1) / panel, [&](int64_t, int64_t i) {
+          GemmPart part = whole;
+          part.column += i * panel, part.columns = std::min(panel, whole.columns - i * panel);
+          kernels.gemm_lay(f, part, laid + i * panel * whole.depth);
+        });
+        for_each(parts, [&](int64_t thread, int64_t i) {
+          GemmPart part = whole;
+          const auto [r, part_rows] = part_of(whole.rows, row_parts, i % row_parts, kRows);
+          const auto [n, part_columns] = part_of(whole.columns, column_parts, i / row_parts, panel);
+          part.row += r, part.rows = part_rows, part.column += n, part.columns = part_columns;
+          kernels.gemm(f, part, laid + n * whole.depth, sums + r * columns + n, columns, rooms + thread * a_size);
+        });
+      }
+  return c;
+}
+
+}  // namespace nnfast
