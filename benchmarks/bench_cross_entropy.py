@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import nnfast.nn.functional
 from nnfast import reference
 
-from .harness import DIRECTIONS, DTYPES, OURS, Case, Task, compiled, function_task
+from .harness import DIRECTIONS, DTYPES, OURS, Case, Task, bare_products, compiled, function_task
 
 OP = "cross_entropy"
 MODELS = {
@@ -51,13 +51,10 @@ def linear_task(case: Case, compile: bool) -> Task:
     if hasattr(F, "linear_cross_entropy"):
         functions["torch's own"] = lambda x, w: F.linear_cross_entropy(x, w, target)
     functions[OURS] = lambda x, w: nnfast.nn.functional.linear_cross_entropy(x, w, target)
-    plain_x, plain_w = x.detach(), w.detach()
-    ceiling = {"product": lambda: F.linear(plain_x, plain_w)}
-    if case.device == "cpu" and torch.backends.mkldnn.is_available():
-        ceiling["oneDNN's product"] = lambda: torch.ops.mkldnn._linear_pointwise(plain_x, plain_w, None, "none", [], "")
     return function_task(
         case, functions, lambda x, w: reference.cross_entropy(x @ w.T, target), [x, w], torch.ones((), **make),
-        nbytes=2 * (x.nbytes + w.nbytes), flops=6 * rows * features * classes, ceiling=ceiling, ceiling_scale=3,
+        nbytes=2 * (x.nbytes + w.nbytes), flops=6 * rows * features * classes,
+        ceiling=bare_products(x, w), ceiling_scale=3,
     )  # fmt: skip
 
 

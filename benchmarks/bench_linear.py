@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import nnfast.nn.functional
 
-from .harness import DIRECTIONS, OURS, Case, Task, compiled, function_task
+from .harness import DIRECTIONS, OURS, Case, Task, bare_products, compiled, function_task
 
 OP = "linear"
 MODELS = {  # tokens, in_features, out_features
@@ -43,16 +43,12 @@ def task(case: Case, compile: bool = False) -> Task:
     if compile:
         functions["torch.compile"] = compiled(F.linear, case.device)
     functions[OURS] = nnfast.nn.functional.linear
-    plain_x, plain_w = x.detach(), w.detach()
-    ceiling = {"product": lambda: F.linear(plain_x, plain_w)}
-    if case.device == "cpu" and torch.backends.mkldnn.is_available():
-        ceiling["oneDNN's product"] = lambda: torch.ops.mkldnn._linear_pointwise(plain_x, plain_w, None, "none", [], "")
     products = PRODUCTS[case.direction]
     return function_task(
         case, functions, F.linear, [x, w, *b], torch.randn(tokens, size_out, **make),
         flops=2 * tokens * size_in * size_out * products,
         nbytes=products * x.element_size() * (tokens * size_in + size_in * size_out + tokens * size_out),
-        ceiling=ceiling, ceiling_scale=products,
+        ceiling=bare_products(x, w), ceiling_scale=products,
     )  # fmt: skip
 
 

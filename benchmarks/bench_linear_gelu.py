@@ -13,7 +13,7 @@ import nnfast.nn
 import nnfast.nn.functional
 from nnfast import reference
 
-from .harness import DIRECTIONS, MOST_ELEMENTS, OURS, Case, Task, compiled, function_task
+from .harness import DIRECTIONS, MOST_ELEMENTS, OURS, Case, Task, bare_products, compiled, function_task
 
 OP = "linear_gelu"
 MODELS = {  # tokens, in_features, out_features
@@ -108,15 +108,13 @@ def task(case: Case, compile: bool = False) -> Task:
         functions["torch._addmm_activation"] = lambda x, w, b: torch._addmm_activation(
             b.detach(), x.detach(), w.detach().t(), use_gelu=True
         )
-    plain_x, plain_w, grad = x.detach(), w.detach(), torch.randn(tokens, size_out, **make)
-    products = PRODUCTS[case.direction]
-    ceiling, scale = {"product": lambda: F.linear(plain_x, plain_w)}, products
+    grad, products = torch.randn(tokens, size_out, **make), PRODUCTS[case.direction]
+    ceiling, scale = bare_products(x, w), products
     if case.device == "cuda":  # the backward's own products: their operands lie otherwise
+        plain_x, plain_w = x.detach(), w.detach()
         backward = (lambda: torch.mm(grad, plain_w), lambda: torch.mm(grad.t(), plain_x))
         bare = {"forward": (ceiling["product"],), "backward": backward, "both": (ceiling["product"], *backward)}
         ceiling, scale = {"products": lambda: [product() for product in bare[case.direction]]}, 1
-    elif torch.backends.mkldnn.is_available():
-        ceiling["oneDNN's product"] = lambda: torch.ops.mkldnn._linear_pointwise(plain_x, plain_w, None, "none", [], "")
     return function_task(
         case, functions, lambda x, w, b: reference.linear_gelu(x, w, b, approximate), [x, w, b],
         grad, flops=2 * tokens * size_in * size_out * products,
