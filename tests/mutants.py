@@ -1,6 +1,6 @@
 """Changes one line at a time in the kernels, the contracts and the gate: a test must turn red.
 
-python tests/mutants.py [--count 150] [--seed 0] [--minutes 60] [--only csrc/cpu] [--out build/mutants/results.jsonl]
+python tests/mutants.py [--count 150] [--seed 0] [--minutes 60] [--only csrc/cpu] [--out tests/mutants.jsonl]
 
 universalmutator makes the changes, of which a seed draws some. Each is built in a copy of the tree, where only what
 includes the file is compiled again, and the tests of its op run until one fails. A change that does not compile is
@@ -116,9 +116,10 @@ class Build:
     def __init__(self):
         shutil.copytree(OBJECTS, CLEAN, dirs_exist_ok=True)  # times of change too, by which Ninja goes
         # By instruction set, the best that this CPU has first.
-        best = "avx512_bf16" if "avx512_bf16" in Path("/proc/cpuinfo").read_text() else "avx512"
+        has = Path("/proc/cpuinfo").read_text()
+        best = [isa for isa, flag in (("avx512_bf16", "avx512_bf16"), ("avx512", "avx512f")) if flag in has][:1]
         kernels = OBJECTS / "temp.kernels/csrc/cpu"
-        self.kernels = {isa: kernels / f"{isa}.o" for isa in (best, "avx2")}
+        self.kernels = {isa: kernels / f"{isa}.o" for isa in (*best, "avx2")}
         self.digest = self.built()
         self.link = shlex.split(ninja("-t", "commands", *OBJECTS.rglob("libnnfast_cpu.so")).stdout.splitlines()[-1])
         # What only kernels include, of which one is compiled at a time.
@@ -227,7 +228,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--trust", action="store_true", help="the tests are known to pass without a change")
     parser.add_argument("--only", default="", help="files whose path holds this")
-    parser.add_argument("--out", type=Path, default=HOME / "results.jsonl")
+    parser.add_argument("--out", type=Path, default=ROOT / "tests/mutants.jsonl")
     given = parser.parse_args()
 
     end = time.monotonic() + 60 * given.minutes
