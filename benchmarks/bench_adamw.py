@@ -98,7 +98,7 @@ def task(case: Case, compile: bool = False) -> Task:
     if case.device == "cuda" and importlib.util.find_spec("apex"):
         providers["apex"] = _apex
     providers[OURS] = nnfast.optim.AdamW
-    # torch refuses to capture the step of any other.
+    # torch refuses to capture the step of an optimizer that is not capturable.
     options = OPTIONS | ({"capturable": True} if case.graph and case.device == "cuda" else {})
     providers = {name: (lambda params, build=build: build(params, **options)) for name, build in providers.items()}
     return step_task(case, providers, _exact, PASSES)
@@ -121,7 +121,7 @@ def step_task(case: Case, providers: dict, exact, passes: int) -> Task:
     small = [i for i, p in enumerate(start) if p.numel() < 1_000_000][:100]
 
     def stepper(build):
-        """A step of all tensors. They and their state are shared: where memory lies decides about a tenth."""
+        """A step of all tensors. Providers share them and their state, for where memory lies can cost a tenth."""
         checked = [start[i].clone().requires_grad_() for i in small]
         for p, i in zip(checked, small, strict=True):
             p.grad = grads[i]

@@ -25,7 +25,7 @@ LIMIT = 1e9  # no gradient is that large, as in most steps of a training that go
 
 
 def cases(device: str) -> list[Case]:
-    """On a GPU it is AdamW that is served."""
+    """Only a CPU's: on a GPU AdamW alone is measured."""
     return [
         Case(OP, model, total(models(device)[model]), "fp32", "step", variant, device)
         for model in MODELS

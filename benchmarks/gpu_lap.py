@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("setuptools", "pytest", "pytest_benchmark", "hypothesis", "ninja", "matplotlib")
 # Seconds after which a command is stopped: a lap ends though one thing hangs.
 LIMITS = {"build": 500, "doctor": 60, "test": 400, "goals": 500, "graphs": 500, "train": 300, "bench": 500}
-# What our kernels serve on a GPU; the rest is torch's there.
+# The benchmarks that a lap runs.
 OPS = "layer_norm", "linear_gelu", "adamw"
 OVER = 20  # seconds that a cell may take beyond the last start, and a stopped process to end
 INSTALLED = "from nnfast import backend, kernels; assert backend.available({!r}) == '', backend.available({!r})"
@@ -155,7 +155,7 @@ def main() -> int:
     if not args.rehearse:
         major, minor = torch.cuda.get_device_capability()
         env.setdefault("NNFAST_CUDA_ARCH", f"{major}{minor}" + ("a" if major == 9 else ""))
-    # A machine may be another one than the last time: whether it is built is asked of it.
+    # This may be another machine than last time, so it is asked whether the build is there.
     backend = "cpu" if args.rehearse else "cuda"
     asked = [sys.executable, "-c", INSTALLED.format(backend, backend)]
     built = subprocess.run(asked, cwd=ROOT.parent, capture_output=True).returncode == 0

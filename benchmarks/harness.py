@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 import nnfast
+from nnfast._torch import one_dnn_has
 from nnfast.backend import forced
 
 RESULTS = Path(__file__).parent / "results"
@@ -46,10 +47,8 @@ def bare_products(input: torch.Tensor, weight: torch.Tensor) -> dict[str, Callab
     found: dict[str, Callable[[], object]] = {"product": lambda: linear(x, w)}
     if x.device.type == "cpu":
         found["our product"] = lambda: nnfast.nn.functional.linear(x, w)
-        one_dnn = torch.ops.mkldnn
-        has = {torch.float32: torch.backends.mkldnn.is_available, torch.bfloat16: one_dnn._is_mkldnn_bf16_supported}
-        if x.dtype in has and has[x.dtype]():
-            found["oneDNN's product"] = lambda: one_dnn._linear_pointwise(x, w, None, "none", [], "")
+        if torch.backends.mkldnn.is_available() and (x.dtype is torch.float32 or one_dnn_has(x.dtype)):
+            found["oneDNN's product"] = lambda: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
     return found
 
 
@@ -147,7 +146,7 @@ def errors(got: Iterable[torch.Tensor], exact: list[torch.Tensor]) -> list[float
 
 
 def wrong(case: Case, task: Task) -> dict[str, str]:
-    """Why a provider's result does not count, for those whose result does not.
+    """Provider -> why its result does not count; those whose result counts are left out.
 
     A result may be four times as far from float64 as plain torch's own, or four roundings of the dtype.
     """
@@ -473,7 +472,7 @@ def append(found: list[dict], path: Path) -> None:
 
 # ---- what a reader sees ----
 
-MEMORY_SHOWN = 64 << 10  # below, a row of statistics makes a ratio of nothing
+MEMORY_SHOWN = 64 << 10  # bytes; below, the statistics of a row decide the ratio
 HEADINGS = ("shape", "model", "dtype", "direction", "torch ms", "ours ms", "speedup", "quartiles", "of ceiling")
 HEADINGS += ("memory", "note")
 

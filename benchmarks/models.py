@@ -8,7 +8,7 @@ HEAD = 64
 
 
 def gpt(nn, layers: int, width: int, vocabulary: int, context: int, fused_loss: bool = False) -> torch.nn.Module:
-    """A GPT-2, written as anyone would with ``nn`` and ``F``; which library they are is all that differs.
+    """A GPT-2, written as anyone would with ``nn`` and ``F``, which are torch's or nnfast's.
 
     ``forward(tokens, targets)`` is the loss. Above 256 words the head shares the embedding's weight, as GPT-2's does.
 

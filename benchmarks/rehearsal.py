@@ -1,4 +1,4 @@
-"""A GPU's part, played by this CPU: what measures on a GPU is run to its end on a machine that has none.
+"""A CPU plays the GPU's part: the code that measures on a GPU is run to its end on a machine that has none.
 
 The cells are a GPU's with sizes of a few dozen; streams, events and graphs are stand-ins, which refuse what CUDA
 refuses of them. The numbers mean nothing, and are put where nobody takes them for measured ones.
@@ -15,7 +15,7 @@ SIZE = 40
 
 
 def case(of: harness.Case) -> harness.Case:
-    # Under another name: AdamW's tensors are those of the model.
+    # Renamed, for AdamW's benchmark looks its tensors up by the model's name.
     return dataclasses.replace(of, model="rehearsal", shape=tuple(min(n, SIZE) for n in of.shape), device="cpu")
 
 

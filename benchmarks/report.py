@@ -231,12 +231,15 @@ def whole_step_bars(rows: list[dict], path: Path) -> None:
     groups = list(dict.fromkeys((r["model"], r["dtype"]) for r in rows))
     libraries = list(dict.fromkeys(r["library"] for r in rows))
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.22 * len(rows)))
+    # Without bfloat16 on a CPU torch takes forty times as long: the bar ends, and its label says how much it is.
+    longest = 4.0
     for i, library in enumerate(libraries):
         found = {(r["model"], r["dtype"]): r for r in rows if r["library"] == library}
         places = [groups.index(g) + 0.8 * i / len(libraries) for g in found]
         value, low, high = ([number(r[f"speedup{e}"]) for r in found.values()] for e in ("", "_low", "_high"))
         spread = [[v - x for v, x in zip(value, low, strict=True)], [x - v for v, x in zip(value, high, strict=True)]]
-        bars = axis.barh(places, value, 0.8 / len(libraries), xerr=spread, label=library)
+        shown = [min(v, longest) for v in value]
+        bars = axis.barh(places, shown, 0.8 / len(libraries), xerr=spread, label=library)
         axis.bar_label(bars, [f" {v:.2f}x" for v in value], fontsize=7)
     axis.set_yticks([i + 0.4 - 0.4 / len(libraries) for i in range(len(groups))], [" ".join(g) for g in groups])
     axis.invert_yaxis()
@@ -313,6 +316,24 @@ def whole_steps_table(rows: list[dict]) -> str:
          f"{number(r['floor_ms']) / number(r['ms']):.0%}", f"{number(r['peak_bytes']) / 1e6:.0f} MB"]
         for r in rows if r["ms"]
     ])  # fmt: skip
+
+
+def whole_steps_overview(rows: list[dict]) -> str:
+    """The same, a line a model and dtype: for who wants to know whether it helps."""
+    header = ["model", "dtype", "torch", "nnfast", "speedup", "over torch compiled", "both compiled", "of the floor"]
+    lines = []
+    for model, dtype in dict.fromkeys((r["model"], r["dtype"]) for r in rows):
+        by = {r["library"]: r for r in rows if (r["model"], r["dtype"]) == (model, dtype) and r["ms"]}
+        if not {"torch", "nnfast"} <= by.keys():
+            continue
+        torchs, own = by["torch"], by["nnfast"]
+        line = [model, dtype, *(f"{number(r['ms']):.0f} ms" for r in (torchs, own))]
+        line += [ranged(own, "speedup"), ranged(own, "over_compiled")]
+        line += [ranged(by["nnfast compiled"], "over_compiled") if "nnfast compiled" in by else ""]
+        line += [f"{number(own['floor_ms']) / number(own['ms']):.0%}"]
+        line += [f"{number(torchs['peak_bytes']) / 1e6:.0f}, {number(own['peak_bytes']) / 1e6:.0f} MB"]
+        lines.append(line)
+    return markdown([*header, "peak: torch, nnfast"], lines)
 
 
 # ---- from version to version ----
@@ -426,7 +447,7 @@ def page(folder: Path, keep: str = "") -> tuple[str, str]:
     overview = markdown(SUMMARY, lines)
     where = f"benchmarks/results/{folder.name}"
     if whole:
-        overview = f"![whole steps]({where}/steps.png)\n\n{whole_steps_table(whole)}\n\n{overview}"
+        overview = f"![whole steps]({where}/steps.png)\n\n{whole_steps_overview(whole)}\n\n{overview}"
     return machine, f"**{machine}** ([every cell, and pictures]({where}/README.md))\n\n{overview}"
 
 

@@ -79,7 +79,7 @@ class Run:
         return statistics.median(self.seconds[WARMUP:])
 
     def beside(self) -> None:
-        """Forget the last step's loss and time: it was measured otherwise."""
+        """Forget the last step's loss and time, for it ran under a profiler."""
         self.losses.pop(), self.seconds.pop()
 
     def peak_bytes(self, batch) -> int:

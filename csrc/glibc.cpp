@@ -1,5 +1,5 @@
-// For wheels alone (NNFAST_WHEEL in setup.py): the functions that newer versions of glibc have under a new version are
-// taken as the old one, so that a wheel built on this system runs on older ones. They take and give the same numbers.
+// For wheels alone (NNFAST_WHEEL in setup.py): functions that a newer glibc offers under a newer version too are linked
+// under the old one, so that a wheel built on this system runs on older ones. They take and give the same numbers.
 #include <pthread.h>
 
 #include <sstream>

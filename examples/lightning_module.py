@@ -12,7 +12,7 @@ import nnfast.optim as optim  # nnfast: was `import torch.optim as optim`
 
 
 class Encoder(lightning.LightningModule):
-    """Tells whether the numbers of a sequence are, all in all, above zero."""
+    """Tells whether the sum of a sequence's numbers is above zero."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()

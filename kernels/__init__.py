@@ -21,7 +21,7 @@ OPS = {
 }
 
 
-#: The ops whose work is done by torch's own kernels, recorded by us: so the backward of one works out the other's.
+#: Ops that torch's kernels compute and we record for autograd, so that the backward of one works out the other's.
 RECORDED = ("gelu", "linear")
 
 

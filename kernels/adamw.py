@@ -92,7 +92,7 @@ def _update(
     tensors, count, tensor, start, whole, grad_scale, clip_coef, l2, step, TYPE: tl.constexpr, MAXIMIZE: tl.constexpr,
     AMSGRAD: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Where a chunk is whole, at addresses that allow it, without masks and by 16 bytes."""
+    """A chunk that is whole and aligned goes without masks and by 16 bytes."""
     if whole:
         _update_chunk(
             tensors, count, tensor, start, grad_scale, clip_coef, l2, step, TYPE, MAXIMIZE, AMSGRAD, CHUNK, True
@@ -191,7 +191,7 @@ def adamw_scalars_kernel(
 
 def tables_for(param: Tensor, columns: list[list[int]]) -> tuple[Tensor, Tensor, int]:
     """The two tables on the GPU, and the kinds that occur: those of the last step, as long as nothing has changed."""
-    # A table is filled in the order of one stream.
+    # The stream is part of the key, for a table is filled in the order of one.
     stream = torch.cuda.current_stream(param.device).cuda_stream if param.is_cuda else 0
     at = param.device, stream, columns[PARAM.value][0]
     was, built = _tables.get(at, (None, None))

@@ -16,7 +16,7 @@ from nnfast.kernels.shared import check, lanes, on
 #: Partial sums that the last program adds up at a time.
 PARTS = 1024
 
-# By device: how many programs of a launch are done; 0 between launches.
+# By device and stream: how many programs of a launch are done; 0 between launches.
 _done: dict[tuple, Tensor] = {}
 
 
@@ -67,7 +67,7 @@ def norm_kernel(
     coef,  # one float, or None
     PRESENT: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Each program adds up its chunk; the last to be done adds up theirs, in double and in their order."""
+    """Each program sums the squares of its chunk; the last to be done adds these up, in double and in their order."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     chunk = program.to(tl.int64) * 2
     tensor = tl.load(chunks + chunk)

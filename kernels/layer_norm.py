@@ -131,7 +131,7 @@ def _weights(weight, col, size):
 
 @triton.jit
 def _gradients(grad, x, w, mean, rstd, row, col, rows, size, grad_stride, x_stride):
-    """grad, grad weight and xhat of a tile; grad is 0 outside, and with it every sum."""
+    """grad, grad * weight and xhat of a tile; outside it grad is 0, so the sums are right."""
     inside = (row < rows) & (col < size)
     g = tl.load(grad + row * grad_stride + col, mask=inside, other=0.0).to(tl.float32)
     xhat = normalized(tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32), mean, rstd)

@@ -5,8 +5,8 @@ written once and not read again. Its operands come through tensor descriptors (T
 it, else through pointers. In float32 the product is cuBLAS's, as torch's flags (TF32) want it, and so is every product
 of the backward; there one pass over grad and pre-activation gives dGELU and the partial sums of the bias's gradient.
 
-Where another Linear reads the GELU, its gradient for the GELU is a product too, and that pass is the end of its tiles:
-what comes to the GELU, what the GELU makes of it, and the sums of that, written once each.
+Where another Linear reads the GELU, the gradient that it sends back is a product too, whose tiles end with that pass:
+the gradients of the GELU's output and input, and the sums of the latter, are written once each.
 """
 
 import torch
@@ -26,7 +26,7 @@ TILES_TMA = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 4), (
 TILES = ((128, 128, 32, 4, 4), (128, 128, 64, 8, 3), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
 TILES_ODD = ((64, 64, 32, 4, 4),)  # rows that are no multiples of 16 bytes
 TILES_HIP = ((128, 128, 32, 4, 2), (128, 64, 32, 4, 2), (64, 64, 32, 4, 2))
-#: The same for the product that ends in a backward, which holds more.
+#: The same for the product that ends with the GELU's backward, and so holds more.
 TILES_TMA_BACKWARD = ((128, 256, 64, 8, 3), (128, 128, 64, 8, 4), (64, 128, 64, 4, 4))
 TILES_BACKWARD = ((128, 128, 64, 8, 3), (64, 128, 32, 4, 4), (64, 64, 32, 4, 4))
 #: Rows of tiles that share columns of the weight while they are in the cache.
@@ -47,7 +47,7 @@ def _sides(x, small):
 
 @triton.jit
 def normal_cdf(x):
-    """Both sides; the smaller is erfc(a / sqrt 2) / 2 = 2^(a p(a) - 1), a = |x|, p as in ``csrc/cpu/simd.h``."""
+    """P(X < x), P(X > x); the lesser is erfc(a / sqrt 2) / 2 = 2^(a p(a) - 1), a = |x|, p as in ``csrc/cpu/simd.h``."""
     a = tl.minimum(tl.abs(x), 14.2)
     p = a * 5.281241399757164e-08 - 2.0457730443013133e-06
     p = p * a + 2.7296080588712357e-05
@@ -118,7 +118,7 @@ def _place(tile, tiles_down, tiles_across, GROUP: tl.constexpr):
 
 @triton.jit
 def _halves(product):
-    """Left and right: less shared memory on the way out, and fewer registers."""
+    """The left and the right half: one at a time takes less shared memory on the way out, and fewer registers."""
     ROWS: tl.constexpr = product.shape[0]
     COLS: tl.constexpr = product.shape[1]
     return tl.split(tl.permute(tl.reshape(product, (ROWS, 2, COLS // 2)), (0, 2, 1)))
@@ -264,7 +264,7 @@ def gelu_bwd_kernel(
 
 
 def _by_16_bytes(*matrices: Tensor) -> bool:
-    """16-byte rows from a 16-byte address: what TMA wants."""
+    """Whether addresses and steps from row to row are multiples of 16 bytes, as TMA wants."""
     return all(t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 for t in matrices)
 
 

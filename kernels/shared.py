@@ -22,7 +22,7 @@ def lanes() -> int:
 
 
 def on(tensor: Tensor) -> torch.cuda.device_of:
-    """Within it the tensor's GPU is the current one, as Triton's launches need; its current stream is used."""
+    """A context in which the tensor's GPU is the current one, as Triton's launches need; its current stream is used."""
     return torch.cuda.device_of(tensor)
 
 

@@ -11,6 +11,7 @@ import torch
 
 import nnfast
 from nnfast import backend, compiled
+from nnfast._torch import one_dnn_has
 
 
 def rows() -> list[tuple[str, str, str, str]]:
@@ -26,9 +27,7 @@ def products() -> str:
     if backend.available("cpu"):
         return "torch's"
     if numbers["product.gemm_16_bits"]:
-        one_dnn = torch.ops.mkldnn
-        has = {"bfloat16": one_dnn._is_mkldnn_bf16_supported(), "float16": one_dnn._is_mkldnn_fp16_supported()}
-        ours = " and ".join(name for name, there in has.items() if not there)
+        ours = " and ".join(name for name in ("bfloat16", "float16") if not one_dnn_has(getattr(torch, name)))
         said = f"{ours}: ours, for oneDNN has none for this CPU (measured on AMD); all else: torch's"
         return said if ours else "torch's"
     if not torch.backends.mkldnn.is_available():

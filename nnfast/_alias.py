@@ -35,7 +35,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self)
 
     def create_module(self, spec):
-        return None  # an empty one, which exec_module puts torch's in the place of: torch's keeps its own __spec__
+        return None  # an empty module, which exec_module replaces by torch's: that one keeps its own __spec__
 
     def exec_module(self, module):
         sys.modules[module.__name__] = sys.modules[_torch_name(module.__name__)]

@@ -1,7 +1,7 @@
-"""The private names of torch that we lean on, in one place, and what is done where a torch has one no more.
+"""The private names of torch that nnfast uses, in one place, and what stands in for each where a torch lacks it.
 
 Private names come and go from version to version. None of them may keep nnfast from being imported: where one is gone,
-what it was asked for is answered so that torch's own code runs, or by what torch documents.
+its stand-in gives the answer with which torch's own code runs, or does what torch documents.
 """
 
 import functools
@@ -23,15 +23,6 @@ def _found(owner: str, name: str, otherwise):
 
 def _yes() -> bool:
     return True
-
-
-#: Whether a hook is on every module. Gone: one may be, so nothing is fused.
-has_any_global_hook: Callable[[], bool] = _found("torch.nn.modules.module", "_has_any_global_hook", _yes)
-
-#: Whether torch.fx traces. Gone: whether its older, public name says so, and without either it may.
-is_fx_symbolic_tracing: Callable[[], bool] = _found(
-    "torch.fx._symbolic_trace", "is_fx_symbolic_tracing", _found("torch.fx._symbolic_trace", "is_fx_tracing", _yes)
-)
 
 
 def _without_gradients(step):
@@ -57,8 +48,8 @@ def _nothing(*args) -> None:
     pass
 
 
-#: torch.optim's check that a step that is captured into a graph may be; torch 2.11's name for it, and the newer one.
-#: Gone: a capture that is refused is refused by CUDA.
+#: torch.optim's check that a step being captured into a graph may be, under its newer name and under torch 2.11's.
+#: Gone: CUDA itself refuses what cannot be captured.
 graph_capture_health_check: Callable[[torch.optim.Optimizer], None] = _found(
     "torch.optim.Optimizer",
     "_accelerator_graph_capture_health_check",
@@ -71,25 +62,25 @@ transforms: Callable = _found("torch._C._functorch", "peek_interpreter_stack", _
 
 
 def forward_mode() -> bool:
-    """Whether forward-mode AD is at work. Its name gone: it may be."""
+    """Whether forward-mode AD is at work. Gone: it may be."""
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def constant_in_a_graph(function: Callable) -> Callable:
-    """What ``torch.compiler.assume_constant_result`` does, which imports the compiler: the tracer calls it."""
+    """As ``torch.compiler.assume_constant_result``, but the compiler is not imported. The tracer calls the function."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
-#: Has the tracer call a function, and not look into it. Gone: it looks, and finds a call that it cannot trace.
+#: Makes the tracer call a function without tracing it. Gone: it traces it, and finds a call that it cannot trace.
 outside_graphs: Callable = _found("torch._compile", "_disable_dynamo", lambda function: function)
 
-#: Whether an op has a kernel at a dispatch key. Gone: it has, so ours in Triton are not put there.
+#: Whether an op has a kernel at a dispatch key. Gone: yes, so that our Triton kernels are not put there.
 has_kernel: Callable[[str, str], bool] = _found(
     "torch._C", "_dispatch_has_kernel_for_dispatch_key", lambda op, key: True
 )
 
-#: Tells TorchScript which builtin a function is. Gone: scripts take the function for Python's.
+#: Tells TorchScript which builtin a function is. Gone: TorchScript sees a function in Python.
 register_builtin: Callable = _found("torch.jit._builtins", "_register_builtin", _nothing)
 
 #: The functions that project the inputs of multi-head attention. Gone: nobody calls them.
@@ -98,3 +89,10 @@ in_projection_packed: Callable = _found("torch.nn.functional", "_in_projection_p
 
 #: The base of torch's losses with weights. Gone: that of all modules.
 WeightedLoss: type = _found("torch.nn.modules.loss", "_WeightedLoss", torch.nn.Module)
+
+
+def one_dnn_has(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies bfloat16, or float16, on this CPU. Gone, as without oneDNN: it does not."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    asked = getattr(torch.ops.mkldnn, name, None)
+    return asked is not None and asked()

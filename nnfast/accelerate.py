@@ -53,7 +53,7 @@ class _LibraryGELU(torch.nn.Module):
             return self.__dict__[_WAS].forward(self, input) if output is None else output
 
     def __getattr__(self, name: str):
-        """What its own class defines."""
+        """What the library's own class defines."""
         was = self.__dict__.get(_WAS)
         if was is None or not hasattr(was, name):
             return super().__getattr__(name)
@@ -74,8 +74,8 @@ class _LibraryTanhGELU(_LibraryGELU):
 def _same_as_torchs(input) -> bool:
     """Whether torch's GELU gives what a formula in several ops gives, and in the same dtype.
 
-    A constant may be written out to ten digits, which float64 would see. Autocast brings some of its ops to float32 on
-    a GPU; on a CPU it leaves all of them alone.
+    A constant in the formula may have ten digits only, which shows in float64. On a GPU autocast brings some of its ops
+    to float32; on a CPU it leaves all of them alone.
     """
     return (
         isinstance(input, Tensor)
@@ -85,7 +85,7 @@ def _same_as_torchs(input) -> bool:
     )
 
 
-#: The classes that are looked at, by their full names, and what they shall be.
+#: Other libraries' GELUs by their full names, and the class of ours that each is given.
 _LIBRARY_GELUS: dict[str, type] = {
     "transformers.activations.GELUActivation": _LibraryGELU,
     "transformers.activations.GELUTanh": _LibraryTanhGELU,
@@ -99,7 +99,7 @@ _LIBRARY_GELUS: dict[str, type] = {
 
 
 def _is_gelu(module: torch.nn.Module, approximate: str) -> bool:
-    """Whether this library's code is the GELU it is taken for: on some thousand points of the line, to ten digits."""
+    """Whether this library's code is the GELU it is taken for: at six thousand points, to ten digits."""
     small = torch.linspace(-12, 12, 2001, dtype=torch.float64, device="cpu")
     x = torch.cat([small, small * 1e-3, small * 1e20])
     try:
@@ -111,7 +111,7 @@ def _is_gelu(module: torch.nn.Module, approximate: str) -> bool:
 
 
 def _transformers():
-    """What serves the attention of transformers' modules; None where nobody has imported any."""
+    """Our ``sdpa``, which serves attention in transformers' modules; None where nobody has imported transformers."""
     if "transformers.modeling_utils" not in sys.modules:
         return None
     try:
@@ -127,12 +127,12 @@ def _transformers():
 def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     """Make every module of ``model`` that nnfast has a kernel for use it, in place.
 
-    Modules of torch's classes LayerNorm, Linear, GELU, Embedding, MultiheadAttention, TransformerEncoderLayer and the
-    two losses become ours, and so do GPT-2's Conv1D and the GELUs of transformers and timm. They change their class
-    and nothing else: parameters, hooks, names and ``state_dict`` stay, an optimizer made before keeps working, and
-    ``isinstance(m, torch.nn.LayerNorm)`` holds as before. A module of transformers whose attention is ``sdpa`` finds
-    ours by that name; its ``config`` says so to nobody else. Only this model is touched, a second call changes
-    nothing, and ``restore`` undoes it.
+    Modules of torch's LayerNorm, Linear, GELU, Embedding, MultiheadAttention, TransformerEncoderLayer, CrossEntropyLoss
+    and LinearCrossEntropyLoss become ours, and so do GPT-2's Conv1D and the GELUs of transformers and timm. They change
+    their class and nothing else: parameters, hooks, names and ``state_dict`` stay, an optimizer made before keeps
+    working, and ``isinstance(m, torch.nn.LayerNorm)`` holds as before. Modules of transformers whose attention is
+    ``sdpa`` call ours in its place; the model's ``config`` stays as it is. Only this model is touched, a second call
+    changes nothing, and ``restore`` undoes it.
 
     ``report`` says what was done.
 

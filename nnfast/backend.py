@@ -33,14 +33,14 @@ _HERE = Path(__file__).parent
 
 
 def _load() -> tuple[ModuleType | None, str]:
-    """The extension for this torch, and what there is to say of it; or None, and why."""
+    """The extension for this torch, and a note on it or ""; or None, and why."""
     there = sorted(tuple(map(int, path.name.split(".")[0].split("_")[2:])) for path in _HERE.glob("_C_*.so"))
     if not there:
         return None, "nnfast was installed without native kernels; install it again where a C++ compiler is at hand"
     running = tuple(map(int, re.findall(r"\d+", torch.__version__)[:2]))
     built_for = ", ".join(f"{major}.{minor}" for major, minor in there)
     why, note = "", ""
-    if asked := os.environ.get("NNFAST_SELFTEST"):  # a child of the process that asks whether it can be used
+    if asked := os.environ.get("NNFAST_SELFTEST"):  # this process is the self-test of those kernels
         running = tuple(map(int, asked.split("_")))
     elif running not in there:
         why = note = f"nnfast's kernels were built for torch {built_for} and torch {torch.__version__} is running"
@@ -64,7 +64,7 @@ def _load() -> tuple[ModuleType | None, str]:
 
 
 def _load_cuda(minor: str) -> None:
-    """The CUDA kernels, where there are some for the CUDA of this torch. The gate sees them when it is loaded."""
+    """Load the CUDA kernels, if any are for this torch's CUDA. The gate looks for them once, when it is loaded next."""
     major = (torch.version.cuda or "").split(".")[0]
     library = _HERE / f"lib/libnnfast_torch_{minor}_cuda_{major}.so"
     if major and library.exists():
@@ -74,7 +74,7 @@ def _load_cuda(minor: str) -> None:
             _warn(f"nnfast's CUDA kernels could not be loaded ({e}), so Triton's or torch's serve")
 
 
-#: The compiled extension and what there is to say of it; or None, and why.
+#: The compiled extension, and a note on it or ""; or None, and why.
 native, why_not = _load()
 
 
@@ -84,7 +84,7 @@ class _Forced(threading.local):
 
 
 _forced = _Forced()
-#: How many blocks, in any thread, hold to torch's ops: a graph does not see which thread runs it.
+#: How many threads are held to torch's ops: a compiled graph cannot tell which of them runs it.
 torch_is_held = int(_forced.name == "torch")
 
 
@@ -140,7 +140,7 @@ _overriding, _lock = 0, threading.Lock()
 
 
 def _register(override: bool) -> None:
-    """Put Triton's kernels where C++ left the CUDA key empty, or everywhere. Neither imports nor compiles them."""
+    """Put Triton's kernels where C++ left the CUDA key empty, or everywhere. Nothing is imported or compiled yet."""
     global _library
     if _library is not None:
         _library._destroy()
@@ -203,8 +203,8 @@ def use_backend(name: str) -> Iterator[None]:
 def empty_cache() -> None:
     """Give the memory that is kept for the next large CPU outputs back to the system.
 
-    Outputs from half a MB on come from memory that was touched before: what was freed is kept, never more in all than
-    was in use at once, and what was not needed for some ten seconds is given back at the next call. GPU memory is
+    Outputs from half a MB on reuse memory that was freed before. Kept and used memory together are never more than was
+    in use at once, and what was not needed for some ten seconds is given back at the next call. GPU memory is
     ``torch.cuda.empty_cache``'s.
     """
     if native is not None:
@@ -212,7 +212,7 @@ def empty_cache() -> None:
 
 
 def torch_serves(op: str) -> None:
-    """Called before a call is handed to torch's op: an error where the user forced another backend, but in a graph."""
+    """To be called before torch's op is: raises where the user forced another backend, except in a compiled graph."""
     if not torch.compiler.is_compiling() and _forced.name not in (None, "torch"):
         raise RuntimeError(
             f"nnfast: backend {_forced.name!r} was asked for, and it does not cover this call of {op}: its tensors' "

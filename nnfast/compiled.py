@@ -1,8 +1,8 @@
 """Under torch.compile: the calls that stay ours in the graph. All others are torch's there, and the compiler's to fuse.
 
-Each function answers as the gate does: with the result, or with None where the call is torch's. What decides is what a
-graph is made for (op, dtype, device, dimensions, the sizes of weights), never how many rows a call has: a graph serves
-any number of them. An exported program has torch's ops alone, and runs without us.
+Each function answers as the gate does: with the result, or with None where the call is torch's. It decides by what a
+graph is made for (op, dtype, device, dimensions, the sizes of weights), never by the number of rows, for a graph serves
+any number of them. An exported program has torch's ops alone, and runs without nnfast.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.compiler.config
 from torch import Tensor
 
 from nnfast import __version__, backend
-from nnfast._torch import constant_in_a_graph, forward_mode, transforms
+from nnfast._torch import constant_in_a_graph, forward_mode, one_dnn_has, transforms
 
 #: (op, dtype it computes in): how many times as fast a compiled training step of the op is with ours in its graph,
 #: measured at GPT-2's sizes on a Zen 5. What is not here gains nothing, or loses what the compiler fuses.
@@ -29,10 +29,10 @@ _served = backend.native is not None and backend.native.cpu_kernels() is not Non
 _numbers = backend.native.thresholds() if _served else {}
 for _op in ("linear", "linear_gelu", "linear_cross_entropy"):
     if not _numbers.get("product.one_dnn_float32"):
-        # Both sides multiply with the same library.
+        # Our product and torch's are the same library's, so nothing is gained.
         GAINS.pop((_op, torch.float32))
-    if _numbers.get("product.gemm_16_bits", 0) > torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        # Ours where torch has none for this CPU; measured at the same sizes on a Zen 3.
+    if _numbers.get("product.gemm_16_bits", 0) > one_dnn_has(torch.bfloat16):
+        # torch's library has no such product for this CPU, so ours serves; measured at the same sizes on a Zen 3.
         GAINS[_op, torch.bfloat16] = 20.0
 
 # Where a weight has fewer elements, a call costs more than its product.
@@ -55,9 +55,9 @@ def summary() -> str:
 
 @constant_in_a_graph
 def _shut() -> bool:
-    """Export, and transforms: the compiler sees to it that a graph is for those it was made under.
+    """Whether this is an export or in a transform: a constant to a graph, for another answer makes another graph.
 
-    What is compiled now is kept on disk as for this version of nnfast, whose ops' outputs another may lay out anew.
+    It also marks what is compiled and kept on disk with nnfast's version: another's ops may lay out outputs otherwise.
     """
     config = torch.compiler.config
     if _VERSION not in config.cache_key_tag:
@@ -69,7 +69,7 @@ def _stays(op: str, *tensors: Tensor | None, lowered: bool = True) -> bool:
     """Whether this is a call of plain tensors, of one dtype or brought to one by autocast, that gains by being ours."""
     cast = lowered and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if cast else tensors[0].dtype
-    # The commonest answer comes first: to be traced costs time as well.
+    # The commonest reasons come first, for each check that is traced costs time.
     if (op, dtype) not in GAINS or not _served or backend.torch_is_held or forward_mode() or _shut():
         return False
     for t in tensors:
@@ -83,7 +83,7 @@ def _stays(op: str, *tensors: Tensor | None, lowered: bool = True) -> bool:
 
 
 def _known(condition) -> bool:
-    """Whether it holds for every call that the graph is for; it guards no size that is not known."""
+    """Whether ``condition`` holds for every call of the graph; False, with no new guard, where a size is not known."""
     from torch.fx.experimental.symbolic_shapes import guard_or_false
 
     return guard_or_false(condition)
@@ -114,7 +114,7 @@ def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None, approximate:
 
 
 def _counts(target: Tensor, weight: Tensor | None, classes, reduction: str, label_smoothing: float) -> bool:
-    """Whether target and weight are those of a loss over so many classes that ours takes."""
+    """Whether target and weight are those of a loss over ``classes`` classes that ours covers."""
     return (
         type(target) is Tensor
         and target.dtype is torch.int64
@@ -129,7 +129,7 @@ def cross_entropy(
     input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
 ) -> Tensor | None:
     autocast = torch.is_autocast_enabled("cpu")
-    # Logits in float32 have been brought there from autocast's dtype: the compiler does that as it reads them.
+    # Under autocast, float32 logits come from a cast, which the compiler fuses into what reads them.
     if autocast and (weight is not None or input.dtype is torch.float32):
         return None
     if not _stays("cross_entropy", input, weight, lowered=False) or not 1 <= input.dim() <= 2:

@@ -47,8 +47,8 @@ def layer_norm(
         eps: added to the variance.
 
     Returns:
-        A contiguous tensor of the input's shape and dtype; float32 where autocast is on on a GPU, from an input that is
-        read as it is. Sums are taken in float32 (float64 for float64).
+        A contiguous tensor of the input's shape and dtype; under autocast on a GPU in float32, with the input read in
+        its own dtype. Sums are taken in float32 (float64 for float64).
 
     Raises:
         RuntimeError: torch's own, for shapes that do not fit.
@@ -68,7 +68,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     ``x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2`` (Hendrycks and Gimpel, 2016; ``csrc/math/gelu.h``).
 
     Args:
-        input: any shape; float32, bfloat16, float16 or float64.
+        input: any shape; float32, bfloat16, float16 or float64. The result has its shape and dtype.
         approximate: ``"none"`` or ``"tanh"``.
         out: where torch's op shall write, if anywhere.
 
@@ -94,9 +94,9 @@ def gelu_if_ours(input: Tensor, approximate: str) -> Tensor | None:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``input @ weight.T + bias``, as ``torch.nn.functional.linear``.
 
-    On a CPU the product and those of the backward are taken by whichever library is faster for them there
-    (``python -m nnfast`` says which); elsewhere, and for small ones, by torch's own op. On a GPU, in 16 bits, the
-    backward of one that reads a ``gelu`` ends the product with that of the GELU, and sums it for the bias before.
+    On a CPU the fastest library at hand takes the products, forward and backward (``python -m nnfast`` says which);
+    elsewhere, and for small ones, torch's own op does. On a GPU, in 16 bits, where the input is the output of ``gelu``,
+    the backward's product works out the GELU's gradient as well, and its sums for the bias of the Linear before.
 
     Args:
         input: ``(*, in_features)``, float32, bfloat16, float16 or float64, any strides.
@@ -109,7 +109,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         RuntimeError: torch's own, for shapes or dtypes that do not fit.
     """
-    # As linear_if_ours, without a call of it: there are Linears of three microseconds.
+    # As linear_if_ours, written out: a call of it would show in a Linear of three microseconds.
     output = (compiled.linear if is_dynamo_compiling() else _linear)(input, weight, bias)
     if output is not None:
         return output
@@ -128,8 +128,8 @@ def linear_if_ours(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 def linear_gelu(input: Tensor, weight: Tensor, bias: Tensor | None = None, approximate: str = "none") -> Tensor:
     """``gelu(linear(input, weight, bias), approximate=approximate)`` in one op.
 
-    ``gelu(x @ W.T + b)``. Only the input and the pre-activation ``x @ W.T + b`` are saved for the
-    backward, and the pre-activation is rounded to its dtype before the GELU, as the two calls would.
+    ``gelu(x @ W.T + b)``, with the GELU of ``csrc/math/gelu.h``. Only the input and the pre-activation ``x @ W.T + b``
+    are saved for the backward, and the pre-activation is rounded to its dtype before the GELU, as the two calls do.
 
     Args:
         input: ``(*, in_features)``.
@@ -165,7 +165,7 @@ def cross_entropy(
 ) -> Tensor:
     """The cross-entropy of logits with their classes, as ``torch.nn.functional.cross_entropy``.
 
-    ``-weight[y] * log(softmax(x)[y])``, smoothed by Szegedy et al., 2016 (``csrc/math/cross_entropy.h``). The
+    ``-weight[y] * log(softmax(x)[y])``, smoothed as by Szegedy et al., 2016 (``csrc/math/cross_entropy.h``). The
     logits are read once, and once more for their gradient, which is written over them where nobody else can see them. A
     mean is over the weights of the classes that are not ignored.
 
@@ -173,7 +173,7 @@ def cross_entropy(
         input: ``(N, C)``, ``(C,)`` or ``(N, C, d1, ...)``; float32, bfloat16, float16 or float64.
         target: class indices, ``(N,)``, ``()`` or ``(N, d1, ...)``, int64. Probabilities are torch's.
         weight: ``(C,)``, in the input's dtype, or None.
-        ignore_index: of the rows that count for nothing.
+        ignore_index: the class whose rows count for nothing.
         reduction: ``"none"``, ``"mean"`` or ``"sum"``.
         label_smoothing: from 0 to 1.
         size_average, reduce: torch's deprecated ones.
@@ -213,7 +213,7 @@ def linear_cross_entropy(
 
     As torch's function of this name, which torch 2.12 and newer have. The logits of a block of rows are made, read and
     let go; where the loss is reduced to a number, their gradient is taken on the spot, so that three products are all
-    there is. Equal to the two calls to rounding (the loss's formula: ``csrc/math/cross_entropy.h``).
+    there is. Equal to the two calls up to rounding (the loss's formula: ``csrc/math/cross_entropy.h``).
 
     Args:
         input: ``(N, in_features)``. ``(in_features,)``, and a loss of more dimensions, are torch's.
@@ -222,7 +222,7 @@ def linear_cross_entropy(
         linear_bias: ``(C,)`` or None.
         weight, reduction, label_smoothing: as in ``cross_entropy``.
         ignore_index: None is -100.
-        options: torch's ``LinearCrossEntropyOptions``, for its own way in chunks.
+        options: torch's ``LinearCrossEntropyOptions``; with them the call is torch's.
 
     Returns:
         A scalar, or ``(N,)`` without a reduction, in the input's dtype; float32 where autocast is on.
@@ -253,7 +253,7 @@ def linear_cross_entropy(
 def _two_calls(
     input, linear_weight, target, *, linear_bias, weight, reduction, ignore_index, label_smoothing, options
 ) -> Tensor:
-    """What torch's function means, for a torch that has none."""
+    """The two calls that torch's ``linear_cross_entropy`` stands for, for a torch that lacks it."""
     if options is not None:
         raise TypeError(f"linear_cross_entropy: torch {torch.__version__} knows no options")
     classes = linear_weight.shape[:-1]
@@ -279,8 +279,8 @@ def embedding(
 ) -> Tensor:
     """Rows of a table, as ``torch.nn.functional.embedding``.
 
-    Torch's arithmetic, forward and backward. On a CPU the gradient of a table of some MB lies in memory that the last
-    step's lay in: mapping as many zeros afresh takes several times as long as writing them. Where no gradient is
+    Torch's arithmetic, forward and backward. On a CPU the gradient of a table of some MB is written into the memory of
+    the last step's: mapping fresh memory takes several times as long as writing the zeros. Where no gradient is
     wanted, with ``max_norm`` or ``sparse``, elsewhere and under ``torch.compile`` the call is torch's.
 
     Args:
@@ -292,7 +292,7 @@ def embedding(
         ``(*, embedding_dim)`` in the weight's dtype.
 
     Raises:
-        IndexError, RuntimeError: torch's own.
+        IndexError, RuntimeError: torch's own, for indices out of range and shapes or dtypes that do not fit.
     """
     if torch.jit.is_scripting():
         return _F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
@@ -318,8 +318,8 @@ def scaled_dot_product_attention(
     """Scaled dot product attention, as ``torch.nn.functional.scaled_dot_product_attention``.
 
     ``softmax(scale * Q @ K.T + mask) @ V`` (Vaswani et al., 2017), in blocks whose probabilities are never
-    all in memory (Dao et al., 2022; ``csrc/cpu/attention.h``). Softmax is taken in float32; beside 16-bit values the
-    probabilities are rounded to 16 bits where bfloat16 is multiplied in pairs, as torch does.
+    all in memory (Dao et al., 2022; ``csrc/cpu/attention.h``). Softmax is taken in float32; beside bfloat16
+    values the probabilities are rounded to it, as in torch, where the CPU multiplies pairs of bfloat16.
 
     Args:
         query: ``(N, H, L, E)``; float32, bfloat16 or float16 on a CPU, any strides.
@@ -332,7 +332,7 @@ def scaled_dot_product_attention(
         scale: ``1 / sqrt(E)`` where it is None.
 
     Returns:
-        ``(N, H, L, Ev)`` in the query's dtype, or autocast's where it is on, in memory as torch's lies.
+        ``(N, H, L, Ev)`` in the query's dtype, or autocast's where it is on, with torch's strides.
 
     Raises:
         RuntimeError: torch's own, for shapes or dtypes that do not fit.

@@ -22,7 +22,7 @@ def layer_norm(
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
-    """``x P(x)``, P the normal distribution's, or its tanh approximation."""
+    """``x P(x)``, P the cumulative normal distribution, or the tanh approximation of that."""
     if approximate == "tanh":
         return input * (1 + torch.tanh(math.sqrt(2 / math.pi) * (input + 0.044715 * input**3))) / 2
     # erfc, not 1 + erf, which has lost every digit for large negative x.

@@ -1,9 +1,9 @@
-"""The attention of transformers with our kernels, by its own registry; to be imported only where transformers is.
+"""transformers' attention with our kernels, through its own registry; to be imported only where it is installed.
 
 A module of transformers looks up the function that computes its attention by the name in its config, at every call.
-Ours is registered as ``nnfast``, which changes nothing for anybody. The modules that ``take`` is given see their
-config with that name in the place of ``sdpa``; the model's own config, from which masks are made and which is saved,
-stays as it is, and so does any other choice that is made later.
+Ours is registered as ``nnfast``, which alone changes nothing. The modules that ``take`` is given see their config with
+that name in the place of ``sdpa``; the model's own config, from which masks are made and which is saved, stays as it
+is, and another choice that is made later takes effect as ever.
 """
 
 import inspect
@@ -20,7 +20,7 @@ _REGISTRY, NAME = "ALL_ATTENTION_FUNCTIONS", "nnfast"
 
 
 class _Ours(TorchFunctionMode):
-    """Hands torch's attention to ours while transformers' own code runs, which may do more than call it."""
+    """Calls our attention for torch's while transformers' own code runs, which may do more than call it."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -29,7 +29,7 @@ class _Ours(TorchFunctionMode):
 
 
 def _attention(*args, **kwargs):
-    """transformers' ``sdpa``, whose call of torch's attention is one of ours. What is compiled is transformers' own."""
+    """transformers' ``sdpa``, with our attention called in it. A compiler gets transformers' own."""
     if is_compiling():
         return _theirs(*args, **kwargs)
     with _Ours():
@@ -40,7 +40,7 @@ AttentionInterface.register(NAME, _attention)
 
 
 class Config:
-    """A config in which ``sdpa`` is ours. All else that is read and written is the config's own."""
+    """A view of a config that names ours where that says ``sdpa``. All else is read from and written to the config."""
 
     def __init__(self, config) -> None:
         self.__dict__["_nnfast_was"] = config
@@ -88,7 +88,7 @@ def takes(module: torch.nn.Module) -> bool:
 
 
 def take(module: torch.nn.Module) -> None:
-    """Have ours serve it."""
+    """Have ours serve this module's attention."""
     module.config = Config(module.config)
 
 

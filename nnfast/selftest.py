@@ -1,8 +1,8 @@
-"""Whether kernels may be used where nobody has tried them: each op gives the answers that torch's own gives.
+"""Whether kernels may be used where nobody has tried them: each op must give the answers that torch's own gives.
 
-A torch newer than every one that nnfast was built for is met with the newest kernels there are, if they pass here: in a
-process of their own, for a library that does not fit may take the process down, they are loaded with every symbol
-they need. What came out is kept until torch or the kernels change.
+With a torch newer than every one that nnfast was built for, the newest kernels serve if they pass here. They are
+loaded, with every symbol they need, in a process of their own, for a library that does not fit may take its process
+down. What came out is kept until torch or the kernels change.
 
 The kernels of a GPU are tried before their first call there, op by op and dtype by dtype, LayerNorm's for each way to
 hold a row. What passes is kept until the GPU's name, its driver, torch or the kernels change; what does not is
@@ -88,7 +88,7 @@ def failure(minor: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """What an answer is asked of: a device and a dtype, and rows of a size where kernels differ by that."""
+    """Where an op is tried: on a device, in a dtype, and with rows of a size where kernels differ by that."""
 
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
@@ -132,7 +132,7 @@ def _layer_norm(at: Where) -> None:
 
     torchs = torch.nn.functional.layer_norm
     rows = 7
-    # Kernels that take row after row, of up to 8192 elements a multiprocessor: three rounds.
+    # Persistent kernels hold up to 8192 elements on a multiprocessor: with these rows they go three rounds.
     rows += 2 * at.processors * 8192 // max(at.size, 64)
 
     def cast(f: Callable) -> Callable:
@@ -227,7 +227,7 @@ def _attention(at: Where) -> None:
 
 
 def _step(name: str, **options) -> Callable[[Where], None]:
-    """With an eps, and squares of gradients, that torch's arithmetic in 16 bits can tell from 0."""
+    """Three steps, with an eps and squares of gradients that torch's arithmetic in 16 bits can tell from 0."""
 
     def answer(at: Where) -> None:
         from nnfast import optim
@@ -260,7 +260,7 @@ def _clip(at: Where) -> None:
         at.close(a, b)
 
 
-#: The known answer of each op of the doctor's list.
+#: What tries each op of the doctor's list; it raises where ours is wrong.
 ANSWERS: dict[str, Callable[[Where], None]] = {
     "layer_norm": _layer_norm,
     "gelu": _gelu,
@@ -278,7 +278,7 @@ ANSWERS: dict[str, Callable[[Where], None]] = {
 
 
 def main() -> None:
-    """In the child: raises where an op does not give its answer, or was not ours."""
+    """Of the child process: raises where an op gives a wrong answer or ours did not serve it."""
     from nnfast import backend
 
     assert backend.native is not None, backend.why_not
@@ -312,7 +312,7 @@ def _gpu(device: int) -> list[str]:
 
 def right(op: str, backend: str, device: int, dtype: str, size: int) -> bool | None:
     """Whether the kernels of ``backend`` for ``op`` are right on a GPU, in a dtype and for rows of ``size`` (a power
-    of two: how a kernel is launched); None while a graph is captured, of which this must be no part."""
+    of two, by which a kernel is launched); None while a graph is captured, which must not record the test."""
     asked = op, backend, device, dtype, size
     if asked in _known:
         return _known[asked]
@@ -341,8 +341,8 @@ def right(op: str, backend: str, device: int, dtype: str, size: int) -> bool | N
 
 
 def _fails(op: str, device: int, dtype: str, size: int) -> str:
-    """Why; or "". In a thread of its own: none of the caller's modes, hooks, autocast or streams is there, and what is
-    saved for the backward is not counted with the caller's."""
+    """Why they are wrong; or "". They run in a thread of its own, without the caller's modes, hooks, autocast and
+    streams, so what they save for a backward is not counted with what the caller saves."""
     from nnfast import backend
 
     said = []

@@ -35,8 +35,8 @@ def assert_close(ours: Tensor, torchs: Tensor, exact: Tensor, what: str = "", sc
 
     The bound: twice torch's largest error, for two ways to the same sum are two draws from one distribution, and
     one unit in the last place at the tensor's largest value, for torch's draw may have been zero. ``scale`` is the
-    size of the terms, where they cancel to something smaller. In float64 ``exact`` is itself such a draw, and what
-    it is compared with is taken four times as wide.
+    size of the terms, where they cancel to something smaller. In float64 ``exact`` is itself such a draw, so the bound
+    is four times as wide.
     Whether we are worse on average is what the tests named ``no_less_accurate`` look at, over many values.
     """
     assert ours.dtype == torchs.dtype and ours.shape == torchs.shape == exact.shape, what
@@ -124,8 +124,8 @@ def failing_allocation(n: int):
 def every_allocation_fails(call, state: Callable[[], list[Tensor]] = list) -> int:
     """Each allocation of a call fails once: torch's error, ``state()`` as it was, and then the call does its work.
 
-    ``call`` gives tensors that are the same each time, or changes ``state()``, from where it is put back before the
-    next. Nothing of ours stays alive. Returns how many allocations there were.
+    ``call`` gives the same tensors each time, or changes ``state()``, which is put back before the next call. None of
+    our memory may leak. Returns how many allocations there were.
     """
     from nnfast.backend import native
 

@@ -8,7 +8,7 @@ import torch.utils.deterministic
 from common import contract
 from hypothesis import HealthCheck, settings
 
-# These load a profile of theirs when they are first imported, of ten cases a test: they shall do it before ours is.
+# Imported here because it loads a profile of its own, of ten cases a test: ours, loaded after it, is the one in force.
 with contextlib.suppress(ImportError):
     import torch.testing._internal.common_utils  # noqa: F401
 
@@ -63,8 +63,8 @@ def calls_served():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """A row's test would compare torch with torch if ours had not served. What a child process runs sees to it there:
-    ``served_in_children``."""
+    """Fails a row's test in which ours did not serve, for it would compare torch with torch. Tests that are marked
+    ``served_in_children`` look in their child processes."""
     from nnfast import backend
 
     shut = pyfuncitem.config.getoption("--shut-gate")
@@ -81,7 +81,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
 
 def settings_of_torch():
-    """What of a process's settings chooses how torch, and so ours, computes."""
+    """The settings of the process that choose how torch, and so ours, computes."""
     from nnfast.backend import native
 
     backends = torch.backends

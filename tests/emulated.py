@@ -3,8 +3,8 @@
     python tests/emulate/run.py asan|tsan|plain [what pytest takes]
 
 ``tests/emulate`` builds csrc/cuda, kernels and host code, for a CPU: every CUDA thread is a fiber, run in random order.
-The library registers itself at the CPU's key, so that plain tensors reach it through the gate and autograd. With a
-slice of it, NNFAST_EMULATE=slice, the sizes are fewer.
+The library registers itself at the CPU's key, so that plain tensors reach it through the gate and autograd.
+NNFAST_EMULATE=slice tries fewer sizes.
 """
 
 import ctypes
@@ -36,12 +36,12 @@ LIBRARY, SLICE = os.environ["NNFAST_EMULATED"], os.environ.get("NNFAST_EMULATE")
 torch.ops.load_library(LIBRARY)
 device = ctypes.CDLL(LIBRARY)
 
-# Multiprocessors, so that a persistent kernel takes several rounds; bytes of shared memory for a block.
+# Multiprocessors: so few that a persistent kernel takes several rounds. Bytes of shared memory for a block.
 PROCESSORS, SHARED = 1, 227 << 10
 
 
-# What a device is, by its number, for answers are kept: what its kernels were compiled for, how many clusters of blocks
-# it says it runs at a time, and whether it does.
+# A device: its number, by which answers are kept; what its kernels were compiled for; how many clusters of blocks it
+# says it runs at a time; and whether it does.
 HOPPER, AMPERE, NO_ROOM, REFUSES = (0, 90, 2, True), (1, 80, 2, True), (2, 90, 0, True), (3, 90, 2, False)
 
 
@@ -60,9 +60,8 @@ def tensor(*shape, dtype=torch.float32, grad=True, mean=0.0):
     return (torch.randn(shape, dtype=torch.float64) + mean).to(dtype).requires_grad_(grad)
 
 
-# What a row fills: HeldForward and HeldBackward of layer_norm.cu. Longer rows are a cluster's in the
-# backward. Around each: full, one over and under, and, for a
-# vector of 16 bytes, one of those less.
+# Rows that fill what HeldForward and HeldBackward of layer_norm.cu hold; longer rows are a cluster's in the backward.
+# Tried around each: the size itself, an element over and under, and a vector of 16 bytes over and under.
 HELD = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -362,7 +361,7 @@ def test_clipping(dtypes):
 
 
 def test_a_captured_step_keeps_its_table():
-    """It is filled beside the graph; no memory for it: an error, nothing changed, and the next one works."""
+    """The table is filled beside the graph; without memory for it: an error, no change, and the next step works."""
     device.emulate_capturing(True)
     results = []
     for kind in (optim.AdamW, torch.optim.AdamW):

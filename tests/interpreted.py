@@ -67,7 +67,7 @@ def _interpreter():
 
 @pytest.fixture(autouse=True)
 def _triton_serves(monkeypatch):
-    """Through the gate, which takes them for the CPU's, and the dispatcher, to Triton's launchers."""
+    """Calls go through the gate, which takes the kernels for the CPU's, and the dispatcher to Triton's launchers."""
     driver.set_active(Machine("sm_90", processors=2))
     library = torch.library.Library("nnfast", "IMPL")
     served = set()
@@ -284,7 +284,7 @@ def test_adamw(dtypes, options):
 
 
 def test_adam():
-    """A weight decay that is not decoupled, and the next that is none."""
+    """With a weight decay that is not decoupled, and with none."""
     for options in ({"weight_decay": 0.3}, {"weight_decay": 0.3, "amsgrad": True, "maximize": True}, {}):
         params, *grads = ([torch.randn(s) for s in SIZES] for _ in range(4))
         ours, _ = train(optim.Adam, params, grads, lr=0.1, **options)

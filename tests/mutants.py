@@ -58,7 +58,7 @@ HEADERS = ("ATen/Parallel.h", "ATen/autocast_mode.h", "torch/csrc/autograd/custo
 
 
 def tests_of(source: Path) -> list[str]:
-    """Those of its op, what draws random cases for it, and allocations that fail; of all ops where none is named. What
+    """The tests of the file's op, or of all ops where it names none; its random cases; and allocations that fail. What
     takes least time stands first."""
     ops = sorted(p.stem for p in (ROOT / "csrc/ops").glob("*.cpp") if p.stem not in SHARED)
     found = SHARED.get(source.stem) or ([source.stem] if source.stem in ops else ops)
@@ -74,12 +74,12 @@ def run(*command, **options) -> subprocess.CompletedProcess:
 
 
 def precompile() -> None:
-    """Torch's headers, before every file that is compiled and finds them."""
+    """Compile torch's headers once, to be included before every file that can find them."""
     include = f"{Path(torch.__file__).parent}/include"
     header = HOME / "torch.h"
     lines = "".join(f"#include <{name}>\n" for name in HEADERS)
     header.write_text(f"#if __has_include(<torch/library.h>)\n{lines}#endif\n")
-    # What is not inlined is compiled sooner; where the header made ready is not taken, it is read.
+    # Without inlining a file compiles sooner. A compiler that cannot take the precompiled header reads the plain one.
     os.environ["CFLAGS"] = f"-O1 -march=native -DNNFAST_NO_INLINE -include {header}"
     flags = [
         "-std=c++20",
@@ -111,10 +111,10 @@ def digest(files: list[Path]) -> str:
 
 
 class Build:
-    """What was built without a change, and what a change is built to."""
+    """The build without a change, and the build of a change beside it."""
 
     def __init__(self):
-        shutil.copytree(OBJECTS, CLEAN, dirs_exist_ok=True)  # times of change too, by which Ninja goes
+        shutil.copytree(OBJECTS, CLEAN, dirs_exist_ok=True)  # with the times of change, for Ninja goes by them
         # By instruction set, the best that this CPU has first.
         has = Path("/proc/cpuinfo").read_text()
         best = [isa for isa, flag in (("avx512_bf16", "avx512_bf16"), ("avx512", "avx512f")) if flag in has][:1]
@@ -122,7 +122,7 @@ class Build:
         self.kernels = {isa: kernels / f"{isa}.o" for isa in (*best, "avx2")}
         self.digest = self.built()
         self.link = shlex.split(ninja("-t", "commands", *OBJECTS.rglob("libnnfast_cpu.so")).stdout.splitlines()[-1])
-        # What only kernels include, of which one is compiled at a time.
+        # The files that only kernels include: for a change of these, one instruction set's build is compiled.
         included, by_others = set(), set()
         for block in ninja("-t", "deps").stdout.split("\n\n"):
             made, *of = block.splitlines() or [""]

@@ -327,7 +327,7 @@ def test_the_graph_is_torchs_two_nodes(cpu_kernels):
 
 
 def test_every_tensor_between_is_torchs(cpu_kernels):
-    """X2: whatever may be done to what stands between the two, once they are computed together."""
+    """X2: whatever is done to the tensor between a Linear and the GELU that reads it."""
     x = torch.randn(6, 8)
     seen = []
 
@@ -389,7 +389,7 @@ def test_every_tensor_between_is_torchs(cpu_kernels):
         results = []
         for m in (model, plain):
             for _ in range(3 if m is model else 1):
-                run(m, x)  # the pair is known again
+                run(m, x)  # earlier calls change nothing
             m.zero_grad()
             leaf = x.clone().requires_grad_()
             h = through(m.c_fc(leaf))
@@ -454,7 +454,7 @@ def test_nothing_is_kept_that_nobody_reads(cpu_kernels):
 
 
 def test_hooks_fire_as_torchs(cpu_kernels):
-    """G3: any hook on either child, with the pair known; and on all modules at once."""
+    """G3: any hook on either child, after a call without hooks; and one on all modules at once."""
     model, x, fired = nnfast.accelerate(MLP()), torch.randn(3, 8), []
     plain = nnfast.restore(copy.deepcopy(model))
     registers = ["forward_pre_hook", "forward_hook", "full_backward_pre_hook", "full_backward_hook"]
@@ -621,7 +621,7 @@ class M(torch.nn.Module):
 
 
 def test_accelerate_patches_nothing_of_the_process():
-    """X1: neither `Module.__call__` nor a class, at no time: another thread sees them as they are."""
+    """X1: neither `Module.__call__` nor a class is ever patched, so another thread sees them as they are."""
     call, seen, stop = torch.nn.Module.__call__, [], threading.Event()
 
     def watch():
@@ -658,7 +658,7 @@ def test_no_class_is_kept_alive():
 
 
 def test_a_subclass_of_the_users_pickles_as_itself():
-    """X3: made of a class that was accelerated, after it was."""
+    """X3: its base is a class whose modules are accelerated as well."""
     model = nnfast.accelerate(Scaled())
     again = pickle.loads(pickle.dumps(type(model)()))
     assert type(again) is Scaled and type(nnfast.accelerate(again)) is Scaled

@@ -214,7 +214,7 @@ def test_opcheck():
 @pytest.mark.torch_serves("nothing is computed")
 def test_constructor_errors_are_torchs():
     """A1: type and text, whether the constructor raises or warns."""
-    # Here, for it needs expecttest, which a machine with a GPU may lack.
+    # Imported here, for it needs expecttest, which a machine with a GPU may lack.
     from torch.testing._internal.common_optimizers import optim_error_inputs_func_adamw
 
     for error in optim_error_inputs_func_adamw("cpu", torch.float32):

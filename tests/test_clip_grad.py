@@ -53,7 +53,7 @@ def test_values(dtype, max_norm, norm_type):
     )  # fmt: skip
     flat = torch.cat([g.flatten() for g in before]).double()
     true = torch.linalg.vector_norm(flat, float(norm_type))
-    if norm_type == 2:  # float64 has a true one too
+    if norm_type == 2:  # so exact that it judges float64 too
         true = torch.tensor(math.sqrt(math.fsum(flat.square().tolist())), dtype=torch.float64)
     unit = torch.finfo(dtype).eps
     assert abs(norm.double() - true) <= abs(torchs.double() - true) + unit / 2 * true
@@ -208,7 +208,7 @@ def test_opcheck():
 
 @pytest.mark.torch_serves("tensors without memory, which nothing of ours computes with")
 def test_shapes_of_the_ops():
-    """What a tracer is told of them; the two of a GPU too."""
+    """The shapes and dtypes that a tracer sees, of a GPU's two ops as well."""
     for dtypes in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16), (torch.bfloat16,)):
         tensors = [torch.empty(3, 4, dtype=dtype, device="meta") for dtype in dtypes]
         norm = torch.ops.nnfast.total_norm(tensors, 2.0)

@@ -63,7 +63,7 @@ def graphs(f, *args):
 
 @pytest.mark.torch_serves("the compiler is handed torch's ops")
 def test_the_compiler_is_handed_torchs_graphs():
-    """Where a backend of torch's is asked for: node for node."""
+    """Node for node, where the user holds nnfast to torch's ops."""
     from test_accelerate import MLP, Block, Function
 
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True)
@@ -83,7 +83,7 @@ def test_the_compiler_is_handed_torchs_graphs():
 
 @pytest.fixture(autouse=True)
 def gains(monkeypatch):
-    """With AVX2 alone products of float32 stay torch's, for want of a faster library: here as where there is one."""
+    """With AVX2 alone, float32 products stay torch's, for no library is faster; these tests act as if one were."""
     for op in ("linear", "linear_gelu", "linear_cross_entropy"):
         monkeypatch.setitem(compiled.GAINS, (op, torch.float32), 2.0)
 
@@ -247,7 +247,7 @@ def test_accelerated_before_and_after_compiling():
 
 
 def test_a_graph_follows_the_backend():
-    """One that was made before, too."""
+    """A graph that was made before follows, too."""
     call, tensors = calls(torch.float32)["linear"]
     forward = torch.compile(call, fullgraph=True, backend="aot_eager")
     expected = forward(*tensors)
@@ -303,7 +303,7 @@ def test_backends_of_attention_that_the_user_forbids():
     forward = torch.compile(call, fullgraph=True, backend="aot_eager")
     expected = forward(*tensors)
     with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.MATH]), served("scaled_dot_product_attention"):
-        torch.testing.assert_close(forward(*tensors), expected)  # as torch's, a graph is as it was made
+        torch.testing.assert_close(forward(*tensors), expected)  # like torch's own, a graph stays as it was made
 
 
 @pytest.mark.served_in_children

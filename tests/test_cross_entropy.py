@@ -123,6 +123,20 @@ def test_all_ignored():
 
 
 @pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_an_infinite_weight_of_a_class_that_no_row_has(dtype):
+    """C1: without smoothing no other class's weight counts, not even times zero."""
+    x, target = torch.randn(6, 9).to(dtype).requires_grad_(), torch.tensor([0, 2, 3, 4, 8, 0])
+    weight = torch.rand(9).to(dtype)
+    weight[1] = torch.inf
+    for reduction in REDUCTIONS:
+        keywords = {"reduction": reduction, "weight": weight}
+        ours, torchs = (run(f, x, target, keywords) for f in (F.cross_entropy, TF.cross_entropy))
+        assert all(t.isfinite().all() for t in ours)
+        torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("shift, scale", [(0, 1), (0, 8), (1000, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_less_accurate_than_torch(dtype, shift, scale):
@@ -397,7 +411,7 @@ def linear_compare(input, linear_weight, target, keywords, grad_out=None):
     torchs = linear_run(theirs, input, linear_weight, target, keywords, grad_out)
     formula = functools.partial(two_calls, reference.cross_entropy)
     true = linear_run(formula, double(input), double(linear_weight), target, exact, grad_out)
-    # What is summed up, where it cancels: the logits in the loss, where there is one class the softmax and its class.
+    # The size of terms that cancel: the logits' in the loss; with one class, the softmax's and target's in gradients.
     scale = 4 * input.shape[1] ** 0.5
     for i, (a, b, t) in enumerate(zip(ours, torchs, true, strict=True)):
         one_class = (1.0 + scale) * (len(linear_weight) == 1)

@@ -70,7 +70,7 @@ FUNCTIONS = [
     ),
 ]
 FUNCTIONS = [f for f in FUNCTIONS if f[0] in OPS]  # torch 2.12 has linear_cross_entropy
-# Samples that draw random numbers are compared elsewhere, by the torch that serves them.
+# Samples with dropout are left out: torch serves them, which test_attention.py looks at.
 SKIPPED = {"nn.functional.scaled_dot_product_attention": lambda kwargs: kwargs.get("dropout_p", 0) > 0}
 names = [f[0] for f in FUNCTIONS]
 
@@ -83,7 +83,7 @@ def tensors(*trees):
 
 
 def exactly(value):
-    """A tensor of numbers in float64; anything else, classes too, as it is."""
+    """A tensor of floats in float64; anything else, class indices too, as it is."""
     return double(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 

@@ -54,7 +54,7 @@ def loss_of(model, inputs):
     return output.loss if hasattr(output, "loss") else output.square().mean()
 
 
-# The model, its inputs, and for how many Linears with a bias the GELU that reads them sums its gradient.
+# The model, its inputs, and how many Linears get their bias's gradient summed by the GELU that reads them.
 MODELS = {
     "GPT-2": (gpt2, tokens, 2),
     "GPT-2, erf": (lambda: gpt2(activation_function="gelu"), tokens, 2),
@@ -123,7 +123,7 @@ def test_attention(name, cpu_kernels):
         torch.testing.assert_close(*losses)
     owner = dict(copied.named_modules())[attentions(copied)[0]]
     assert owner.config.hidden_size == copied.config.hidden_size and owner.config == copied.config
-    copied.config.some_choice = 3  # of the copy's one config
+    copied.config.some_choice = 3  # the copy's modules share its one config
     assert owner.config.some_choice == 3 and not hasattr(config, "some_choice")
     owner.config.other_choice = 4
     assert copied.config.other_choice == 4

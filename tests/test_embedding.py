@@ -12,7 +12,7 @@ import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 
-# A small table is ours, and its gradient a block of ours.
+# With these numbers ours serves a small table, whose gradient lies in a block of our memory.
 LOW = {"embedding__table_bytes": 0, "memory__large_bytes": 256}
 
 OPTIONS = [{}, {"padding_idx": 0}, {"padding_idx": 3}, {"padding_idx": -1}, {"scale_grad_by_freq": True}]

@@ -13,7 +13,7 @@ import nnfast.optim as optim
 
 pytestmark = pytest.mark.usefixtures("cpu_kernels")
 
-# Outputs as at::empty's, and as blocks of ours; every path that a small case can be led to.
+# SMALL: outputs come from at::empty. LOW: they are blocks of ours, and a small case takes every path that it can.
 SMALL = {}
 LOW = {"memory__large_bytes": 256, "linear_gelu__block_bytes": 1, "thread_elements": 64, "stream_bytes": 1}
 LOW |= {"product__one_dnn_multiply_adds": 1, "product__gemm_16_bits": 2, "product__gemm_multiply_adds": 1}
@@ -134,7 +134,7 @@ def test_a_backward_that_failed_can_be_taken_again(numbers, op):
             try:
                 grads = torch.autograd.grad(output, leaves, g)
             except RuntimeError as e:
-                # Ours of linear_gelu allocates in its first node; of the logits it writes over, in torch's after it.
+                # linear_gelu fails in its second node, cross_entropy in torch's of x * 2: the one before has let go.
                 assert op == "cross_entropy" or op == "linear_gelu" and n > 0
                 assert "a second time" in str(e)
                 continue

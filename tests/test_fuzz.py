@@ -22,6 +22,7 @@ import nnfast.nn
 import nnfast.nn.functional as F
 import nnfast.optim as optim
 from nnfast import reference
+from nnfast._torch import one_dnn_has
 from nnfast.backend import native
 
 SIZES = st.one_of(st.integers(0, 5), st.sampled_from([7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 129, 257]))
@@ -108,7 +109,7 @@ def settings_of_a_case(draw):
 
 
 def same(ours, directly):
-    """What autograd got from a backward op, and what the op gives when called."""
+    """Autograd's gradients are what the backward op gives when it is called directly."""
     for a, b in zip(ours, directly, strict=True):
         assert (a is None) == (b is None) and (a is None or torch.equal(a.nan_to_num(), b.nan_to_num()))
 
@@ -132,7 +133,7 @@ def outcome(function, leaves, grad_mode, grad_layout):
 
 
 def strides(t):
-    """Those that lead somewhere."""
+    """The strides of the dimensions of more than one element."""
     return [stride for size, stride in zip(t.shape, t.stride(), strict=True) if size > 1 and t.numel()]
 
 
@@ -336,7 +337,7 @@ def adamw_case(draw):
         for s in shapes
     ]
     results = []
-    # torch's fused code takes memory that does not lie as the parameter does for what it is not.
+    # torch's fused code misreads state whose strides are not the parameter's.
     right = dtype != torch.float64 and not any(lying)
     for kind, fused in ((optim.AdamW, None), (torch.optim.AdamW, right)):
         params = []
@@ -462,7 +463,7 @@ def cross_entropy_case(draw):
 
 
 def cross_entropy_terms(keywords, target, g, classes):
-    """How many losses' size the loss is of, and how large a gradient of the logits may be."""
+    """How many times a row's loss the loss may be, and how large a gradient of the logits may be."""
     weight = keywords.get("weight", torch.ones(1)).double()
     counts = target != keywords["ignore_index"]
     all_weights = (weight.expand(max(int(target.max()) + 1, len(weight)))[target] * counts).sum().item()
@@ -566,7 +567,7 @@ def optimizers_case(draw):
         return params, kind(params, **options, **more)
 
     torchs = getattr(torch.optim, name)
-    # In 16 bits torch's loop rounds on the way; its fused Adam does not, and is right where memory lies as it takes it.
+    # Ours; torch's loop, which in 16 bits rounds on the way; and that loop in float64.
     results = [
         made(kind, d, **more)
         for kind, d, more in (
@@ -581,7 +582,7 @@ def optimizers_case(draw):
     for p, q, true in zip(*(params for params, _ in results), strict=True):
         states = [list(o.state[t].items()) for (_, o), t in zip(results, (p, q, true), strict=True)]
         assert [k for k, _ in states[0]] == [k for k, _ in states[1]]
-        # What a step's terms are of: the parameter, its decay, and a gradient of a few times lr.
+        # The size of a step's terms: the parameter, its decay, and a gradient of a few times lr.
         size = largest(true.detach()) + (largest(true.grad) if true.grad is not None and name == "SGD" else 1.0)
         assert_close(p, q, true, name, scale=2 * size)
         for (key, a), (_, b), (_, t) in zip(*states, strict=True):
@@ -591,7 +592,7 @@ def optimizers_case(draw):
                 assert (a.dtype, strides(a)) == (b.dtype, strides(like)), key
                 assert_close(a, b, t.double(), key, scale=2 * size)
 
-    params, _ = made(torch.optim.SGD if name == "SGD" else torchs, dtype)
+    params, _ = made(torchs, dtype)
     others, _ = made(torchs, dtype)
     grads = [p.grad for p in params if p.grad is not None]
     if norm_type == float("inf") and not all(g.numel() for g in grads):
@@ -613,6 +614,6 @@ def test_every_path_was_taken():
     assert settings.default.max_examples >= 200
     enough = max(1, settings.default.max_examples * 50 // 20000)
     # Without bfloat16 on the CPU, oneDNN writes into no memory of ours.
-    elsewhere = ELSEWHERE | ({"product.into_memory"} if not torch.ops.mkldnn._is_mkldnn_bf16_supported() else set())
+    elsewhere = ELSEWHERE | ({"product.into_memory"} if not one_dnn_has(torch.bfloat16) else set())
     rare = {name: cases[name] for name in native.paths() if name not in elsewhere and cases[name] < enough}
     assert not rare, rare

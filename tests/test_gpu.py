@@ -77,7 +77,7 @@ def test_layer_norm_strides(served):
 def test_layer_norm_of_more_than_2_31_elements(served):
     served("layer_norm")
     rows, size = 2**21 + 3, 1024
-    x = gpu(size, dtype=torch.bfloat16).expand(rows, size)  # the last rows count, the first are not kept
+    x = gpu(size, dtype=torch.bfloat16).expand(rows, size)  # one row, expanded: the input takes no memory
     y = F.layer_norm(x, (size,))
     assert torch.equal(y[-1], y[0]) and torch.equal(y[2**21], y[0])
     x = y.requires_grad_()

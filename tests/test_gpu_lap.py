@@ -44,7 +44,7 @@ def elsewhere(tmp_path):
     env |= {
         "PATH": str(tools),
         "PYTHONPATH": os.pathsep.join((str(copy), str(site))),
-        "TORCHDYNAMO_DISABLE": "1",  # that compilers compile is others' to test, and takes minutes
+        "TORCHDYNAMO_DISABLE": "1",  # other tests compile, which takes minutes
         "http_proxy": "http://127.0.0.1:9",
         "https_proxy": "http://127.0.0.1:9",
         "HOME": str(tmp_path),

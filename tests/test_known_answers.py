@@ -1,5 +1,5 @@
-"""A kernel that nobody has measured on a GPU answers for itself at its first use there: asked once, before the first
-call; a wrong one is torch's from then on. The gate asks here of the CPU's kernels, as it does of a GPU's."""
+"""A kernel is tried against torch's answer on a GPU where nobody has measured it: once, before the first call there;
+where it is wrong, torch serves from then on. In these tests the gate tries the CPU's kernels as it would a GPU's."""
 
 import threading
 import warnings
@@ -50,7 +50,7 @@ def test_asked_once_for_each_launch(asked):
         for size in (60, 64, 33, 65):
             layer_norm(size)
         layer_norm(64, torch.bfloat16)
-    layer_norm(64, torch.float64)  # no GPU's kernel
+    layer_norm(64, torch.float64)  # which no GPU's kernel covers
     assert asked == [("layer_norm", "float32", 64), ("layer_norm", "float32", 128), ("layer_norm", "bfloat16", 64)]
 
 
@@ -122,7 +122,7 @@ def test_not_within_a_capture(asked, monkeypatch):
 
 
 def test_what_surrounds_the_call_is_left_alone(asked):
-    """Modes, hooks on what is saved, autocast, gradients off: none of it reaches the case, and it leaves none."""
+    """Modes, hooks on what is saved, autocast, gradients off: none of it reaches the test, which leaves no trace."""
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):

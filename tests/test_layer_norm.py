@@ -118,7 +118,7 @@ def test_16_bits_to_float32(dtype):
     leaf = x * 1
     output = to_float32(leaf, (9,), w, None, 1e-5)
     expected = torch.autograd.grad(output.square().sum(), (x, w), retain_graph=True)
-    leaf.add_(1)  # torch has saved what autocast made of it
+    leaf.add_(1)  # no error: torch, too, has saved the cast that autocast made
     for a, b in zip(torch.autograd.grad(output.square().sum(), (x, w)), expected, strict=True):
         assert torch.equal(a, b)
     for refused in ((x, (9,), w.to(dtype), None), (x.float(), (9,), w, None), (x.double(), (9,), None, None)):

@@ -18,7 +18,7 @@ ROWS = (("L", 11), ("G", 7), ("A", 11), ("C", 2), ("N", 2), ("E", 1), ("O", 3), 
 
 # The arithmetic of these is torch's, and only where their results lie is ours.
 MEMORY_ALONE = {"embedding"}
-# On a GPU these ops' calls stay torch's; and these without the CUDA kernels.
+# On a GPU the calls of these ops are torch's; and of these, where there are no CUDA kernels but Triton's.
 CPU_ONLY = {"attention", "cross_entropy", "linear"} | MEMORY_ALONE
 NO_TRITON = CPU_ONLY | {"rmsprop", "sgd"}
 # What optimizers share is one file.

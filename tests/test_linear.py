@@ -15,7 +15,7 @@ import nnfast.nn.functional as F
 # (input's shape, out_features): 1-D to 4-D, one feature, one row, sizes over and under a register.
 SHAPES = [((5,), 3), ((1, 1), 1), ((4, 7), 9), ((2, 3, 17), 33), ((2, 1, 3, 8), 15), ((64, 65), 130), ((300, 100), 200)]
 
-# Where products go by their sizes: to the library for large ones, or to torch.
+# Numbers with which a product of any size goes to the library for large ones.
 EVERY_PRODUCT = {"product__one_dnn_multiply_adds": 0, "product__one_dnn_float32": 1}
 # Ours of 16 bits, in blocks that a small product has several of.
 EVERY_GEMM = {"product__gemm_16_bits": 2, "product__gemm_multiply_adds": 0, "gemm__thread_multiply_adds": 1000}
@@ -132,7 +132,7 @@ def test_saved_tensors_are_guarded_and_gradients_left_alone():
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty(dtype):
-    """N1: no rows are ours, no features torch's."""
+    """N1: ours serves an input without rows; one without features is torch's, as the next test shows."""
     for shape, out in (((0, 5), 3), ((2, 0, 5), 3)):
         x, w, b = (torch.ones(s, dtype=dtype, requires_grad=True) for s in (shape, (out, 5), (out,)))
         with served("linear", "linear_backward"):
@@ -327,7 +327,6 @@ def test_precision_of_float32_products(precision):
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("autocast", (False, True))
 @pytest.mark.parametrize("bias", (False, True))
 @pytest.mark.parametrize("n", (768, 1024, 1536))
@@ -339,9 +338,9 @@ def test_square_products(n, bias, autocast):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 y = layer(x)
             (grad,) = torch.autograd.grad(y, x, y.detach())
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = TF.linear(x, layer.weight, layer.bias)
-    (grad_expected,) = torch.autograd.grad(expected, x, y.detach())
+    # In float32: torch's own product of 16 bits takes seconds on a CPU that has none. What differs is rounding.
+    expected = TF.linear(x, layer.weight, layer.bias)
+    (grad_expected,) = torch.autograd.grad(expected, x, y.detach().float())
     tolerance = 2**-7 if autocast else 1e-5
     for ours, torchs in ((y, expected), (grad, grad_expected)):
         assert (ours - torchs).abs().max() <= tolerance * torchs.abs().max()

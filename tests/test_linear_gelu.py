@@ -517,7 +517,7 @@ def test_transformer_encoder_layer():
         assert all(isinstance(m, nn.TransformerEncoderLayer) for m in stacked.layers) and stacked(x).shape == x.shape
 
 
-# ---- a Linear that reads a GELU, and works its gradient out ahead where a kernel ends the product so ----
+# ---- a Linear that reads a GELU: where a kernel can, its backward works out the GELU's gradient ahead ----
 
 
 @pytest.fixture
@@ -550,7 +550,7 @@ def mlp_leaves(dtype, shape=(5, 7), hidden=9, out=6):
 
 
 def compare_mlp(leaves, grad_out, what, approximate="none", weight=lambda v: v):
-    """Of the MLP, ours, torch's and in float64; ``weight``: how the second one lies."""
+    """The MLP of ours beside torch's and float64; ``weight`` lays out the second weight."""
     kinds = (F.linear, F.gelu, leaves), (TF.linear, TF.gelu, leaves), (TF.linear, reference.gelu, map(double, leaves))
     results = []
     for linear, gelu, own in kinds:
@@ -577,7 +577,7 @@ def test_a_linear_that_reads_a_gelu(dtype, approximate):
 
 @pytest.mark.usefixtures("cpu_kernels", "works_ahead")
 def test_a_gradient_worked_ahead_is_only_ever_a_saving():
-    """X2: whatever stands between, reads or changes on the way gets what torch's graph gives; to the bit, twice."""
+    """X2: whatever stands between, reads or changes the gradient on the way, results are torch's; a second time too."""
     leaves = mlp_leaves(torch.bfloat16)
     seen = []
 
@@ -733,5 +733,5 @@ def test_models_in_which_a_linear_reads_a_gelu(cpu_kernels):
     dropping = layer(nn, 0.5).bfloat16()
     dropping.self_attn.dropout = 0.0  # attention with dropout is torch's
     dropping(torch.randn(3, 5, 16).bfloat16()).sum().backward()
-    sequential(nn)(torch.randn(3, 16)).sum().backward()  # products in float32 are not for it
+    sequential(nn)(torch.randn(3, 16)).sum().backward()  # a product in float32 does not work it out
     assert count() == before

@@ -50,8 +50,8 @@ def pair(name):
 
 
 def loop(name, options, dtype=torch.float32):
-    """torch's options to compare with: its loop, for its fused kernels are wrong here and there; but Adam's fused one,
-    whose arithmetic is in float as ours, where the loop's eps would vanish in 16 bits."""
+    """torch's options to compare with: its loop, for its fused kernels are wrong here and there. Adam in 16 bits takes
+    the fused one, whose arithmetic is in float as ours is: the loop's eps would vanish there."""
     if name in ("Adam", "AdamW"):
         return {**options, "fused": dtype in HALF, "foreach": False}
     return {**options, "foreach": False, **({"fused": False} if "fused" in options else {})}

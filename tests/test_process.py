@@ -159,7 +159,7 @@ def test_peak_memory(name):
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("op", ["layer_norm", "linear", "linear_gelu"])
 def test_no_wasted_work(op):
-    """L9: no memory for a gradient that nobody wants, nor is what only that would read kept for the backward."""
+    """L9: no memory is taken for a gradient that nobody wants, nor is kept what only that one would read."""
     torch.use_deterministic_algorithms(False)
     x, w = torch.randn(64, 4096), torch.randn(512, 4096)
     x, w = (w, w[0].clone()) if op == "layer_norm" else (x, w)

@@ -4,11 +4,11 @@
 // Scalar math, for one query q with the keys k_j that it may see:
 //   s_j = scale q . k_j + bias_j,   m = max s_j,   p_j = e^(s_j - m),   l = sum p_j,   output = sum p_j v_j / l
 // block after block: where a later block raises m, what was summed before is multiplied by e^(old m - new m).
-// Backward, with m and 1 / l kept from the forward, whose logarithm would be rounded:
+// Backward, with m and 1 / l kept from the forward, for their one number m + log l would lose digits to rounding:
 //   p_j = e^(s_j - m) / l,   dp_j = grad . v_j,   ds_j = p_j (dp_j - delta),   delta = grad . output
 //   grad_v_j = sum over queries of p_j grad,   grad_k_j = scale sum of ds_j q,   grad_q = scale sum of ds_j k_j
 //
-// Scores lie transposed, a row a key and a lane a query: maxima and sums over keys then need no lane of another. Every
+// Scores lie transposed, a row a key and a lane a query: maxima and sums over keys then never cross lanes. Every
 // product is tile(): rows that are read a word at a time and broadcast, times rows of registers. A word is a float or,
 // where the CPU multiplies pairs of bfloat16, two of those that follow each other in the dimension summed over.
 //
@@ -37,14 +37,14 @@ struct Scratch {
 struct Range {
   int64_t q0, queries, k0, keys;
   bool diagonal;  // a query here may be kept from a key here by the causal order
-  // Registers of queries, in lanes, that see any of the keys from `row` on.
+  // The column of the first register of queries of which one sees a key from `row` on.
   NNFAST_MEMBER int64_t first_column(int64_t row) const {
     return diagonal ? std::max<int64_t>(0, k0 + row - q0) / kLanes * kLanes : 0;
   }
   NNFAST_MEMBER int64_t columns() const { return padded(queries); }
 };
 
-// scores[key][query] = key . query, for the registers of queries that any key of a tile is seen by.
+// scores[key][query] = key . query, for the registers of queries that see any key of a tile.
 template <class Op>
 NNFAST_INLINE void score(const Range& range, int64_t width, Words keys, const float* queries, float* scores) {
   for (int64_t r = 0; r < range.keys; r += kTileRows) {
@@ -57,7 +57,7 @@ NNFAST_INLINE void score(const Range& range, int64_t width, Words keys, const fl
   }
 }
 
-// v with its first `count` lanes, all of them from kLanes on, become `value`.
+// v[i] = i < count ? value : v[i]; count may be more than the lanes are.
 NNFAST_INLINE f32v before(f32v v, int64_t count, float value) {
   const auto n = (float)std::min(count, kLanes);
 #ifdef NNFAST_AVX512
@@ -107,8 +107,8 @@ NNFAST_INLINE void read_mask(const Attention& f, int64_t b, int64_t h, const Ran
   }
 }
 
-// scores = scores scale + bias, and 1 is then what they are still to be multiplied by. Without a mask the scale waits:
-// it goes into the exponential, after the maximum is taken away.
+// scores = scores scale + bias, where scaled_first(): the exponential then has no scale left to apply. Elsewhere this
+// is not called, and the exponential applies the scale, after the maximum is subtracted.
 NNFAST_INLINE void add_mask(const Attention& f, int64_t b, int64_t h, const Range& range, float* scores, float* bias) {
   read_mask(f, b, h, range, bias, bias + kBlock * kBlock);
   const f32v scale = (float)f.scale;
@@ -141,11 +141,11 @@ NNFAST_INLINE Range range_of(const Attention& f, int64_t q0, int64_t k0) {
   return {q0, queries, k0, keys, f.causal && k0 + keys - 1 > q0};
 }
 
-// Rows of the register of queries at `column` that some lane of it sees, and the first that some lane does not.
+// How many rows, keys, are seen by any lane of the register of queries at `column`.
 NNFAST_INLINE int64_t seen(const Range& range, int64_t column) {
   return range.diagonal ? std::min(range.keys, range.q0 + column + kLanes - range.k0) : range.keys;
 }
-// Scores from which no key is to be seen become minus infinity: where the causal order says so, and rows past the last
+// Scores of keys that a query must not see become minus infinity: by the causal order, and in the rows past the last
 // key, up to a whole group of kGroup rows.
 constexpr int64_t kGroup = 4;
 NNFAST_INLINE int64_t groups_of(int64_t rows) { return (rows + kGroup - 1) / kGroup * kGroup; }
@@ -184,9 +184,9 @@ struct Exponential {
 };
 constexpr double kLog2E = 1.4426950408889634;
 
-// The scores of a block become their probabilities times e^maximum, as T stores them, in `p`. maximum and sum, one a
-// query, take them in, and factor is what all sums before are to be multiplied by. exp takes in what the scores are
-// still to be multiplied by.
+// The scores of a block become p = e^(score - maximum), as T stores them. maximum and sum, one a query, take the block
+// in, and factor is what all sums before it are to be multiplied by. exp applies the scale, where the scores still lack
+// it.
 template <class T>
 NNFAST_INLINE void softmax(
     const Range& range, const Exponential& exp, float* scores, float* p, float* maximum, float* sum, float* factor) {
@@ -196,10 +196,10 @@ NNFAST_INLINE void softmax(
     const f32v most_before = load(maximum + n, Full<f32v>{});
     auto most_of = each_row(most_before);
     int64_t j = 0;
-    // A NaN gives way here, and shows in the sum.
+    // A NaN is passed over here, and shows in the sum.
     for (; j < rows; j += kGroup) most_of = at_least(load_rows(scores + j * kBlock + n), most_of);
     const f32v most = at_least(at_least(most_of.lo.lo, most_of.lo.hi), at_least(most_of.hi.lo, most_of.hi.hi));
-    // Where no key was seen yet, 0 is taken away instead, and e^(-infinity - 0) = 0.
+    // Where no key was seen yet, 0 is subtracted instead, and e^(-infinity - 0) = 0.
     const f32v base = if_negative(most + 3.40282347e38f, f32v(0.0f), most);
     auto total = each_row(0.0f);
     for (j = 0; j < rows; j += kGroup) {
@@ -215,7 +215,7 @@ NNFAST_INLINE void softmax(
   }
 }
 
-// What is added up over the keys that rows r0 to r1, queries here, see.
+// The span of a product whose rows are queries and that sums over keys: those that rows r0 to r1 see.
 template <class T>
 struct KeysSeen {
   const Range& range;
@@ -223,7 +223,7 @@ struct KeysSeen {
     return {0, words<T>(range.diagonal ? std::min(range.keys, range.q0 + r1 - range.k0) : range.keys)};
   }
 };
-// And over the queries that see the keys r0 to r1.
+// The same where rows are keys and the sum is over queries: those that see any of the rows r0 to r1.
 template <class T>
 struct QueriesSeeing {
   const Range& range;

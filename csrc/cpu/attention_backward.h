@@ -33,7 +33,7 @@ struct BackwardBlocks {
   NNFAST_MEMBER BackwardBlocks(const Attention& f, Scratch& scratch)
       : f(f), s(f, scratch), e(words<T>(f.size)), ev(words<T>(f.value_size)) {}
 
-  // Block after block of queries: theirs and their gradients', turned and by rows; the statistics and delta.
+  // Takes a block of queries: them and their grad_out, transposed and, with `rows`, by rows; the statistics and delta.
   NNFAST_MEMBER void take_queries(int64_t q0, bool rows) {
     const int64_t queries = std::min(kBlock, f.queries - q0);
     const auto q = head<T>(f.query, b, h, q0), g = head<T>(f.grad_out, b, h, q0), o = head<T>(f.output, b, h, q0);
@@ -106,7 +106,7 @@ struct BackwardBlocks {
     store(to + 2 * kBlock, v.hi.lo, one), store(to + 3 * kBlock, v.hi.hi, one);
   }
 
-  // The three gradients of a block, each added to what the blocks before it gave, the first one set.
+  // The three gradients of a block, each added to what the blocks before it gave; the first block sets it.
   template <bool Across, class Span>
   NNFAST_MEMBER void add(bool first, int64_t rows, int64_t columns, Words a, Words rows_of_b, float* to, Span span) {
     if (first)
@@ -157,7 +157,7 @@ void attention_backward_head(const Attention& f, int64_t task, Scratch scratch) 
           f.grad_query, b, blocks.h, q0, std::min(kBlock, f.queries - q0), f.size, grad_query, e, nullptr,
           (float)f.scale);
     }
-  // Keys that no query sees.
+  // Keys that no query sees have zero gradients.
   const int64_t read = key_blocks(f, f.queries - 1) * kBlock;
   if (read < f.keys) {
     std::fill(grad_key + read * e, grad_key + f.keys * e, 0.0f);

@@ -1,5 +1,5 @@
 // The CPU kernels, built for AVX-512 with its conversion from float to bfloat16, which takes a quarter of the
-// instructions that doing without it takes.
+// instructions of the conversion without it, and with its products of pairs of bfloat16.
 #define NNFAST_ISA avx512_bf16
 #define NNFAST_NAME "avx512_bf16"
 #define NNFAST_AVX512

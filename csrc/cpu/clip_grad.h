@@ -5,6 +5,7 @@
 
 namespace nnfast::NNFAST_ISA {
 
+// The lower and the upper half of v in double.
 #ifdef NNFAST_AVX512
 NNFAST_INLINE f64v lower(f32v v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
 NNFAST_INLINE f64v upper(f32v v) {
@@ -43,6 +44,7 @@ NNFAST_INLINE double sum_of_squares(DType dtype, const void* x, int64_t begin, i
   return total;
 }
 
+// top = max(top, |v|), and NaN where either is.
 NNFAST_INLINE f32v magnitude(f32v v) { return abs(v); }
 NNFAST_INLINE f64v magnitude(f64v v) { return maximum(v, -v); }
 template <class V>
@@ -78,6 +80,7 @@ NNFAST_INLINE double largest(DType dtype, const void* x, int64_t begin, int64_t 
   return top;
 }
 
+// x[i] = x[i] factor
 template <class T>
 void scale_kernel(T* x, double factor, int64_t n) {
   sweep<acc_t<T>>(n, [&](int64_t i, auto part) NNFAST_LAMBDA {

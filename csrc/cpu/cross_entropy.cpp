@@ -157,7 +157,7 @@ Threshold block_bytes("linear_cross_entropy.block_bytes", int64_t(64) << 20);
 // The weight's gradient is added up so many bytes at a time, which stay in the cache.
 Threshold part_bytes("linear_cross_entropy.part_bytes", int64_t(16) << 20);
 
-// The loss, and the gradients that the mask asks for, of which grad_out is the loss's: one number, or one a row.
+// The loss, and the gradients that the mask asks for. grad_out, by default 1, is the loss's: one number, or one a row.
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
     const OptTensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,

@@ -12,7 +12,7 @@ namespace nnfast::NNFAST_ISA {
 
 constexpr int64_t kLogitChunk = 2048;
 
-// The first element alone, and as a scalar: the lanes beside it are zero.
+// The part that is the first element alone, with zero in the other lanes; value() gives it as a scalar.
 template <class A>
 using First = Tail<Vec<A>>;
 template <class A, class T>
@@ -26,7 +26,7 @@ NNFAST_INLINE double value(const T* p) {
 NNFAST_INLINE double log_from_one(double x, float) {
   int64_t bits;
   std::memcpy(&bits, &x, sizeof bits);
-  constexpr int64_t kHalf = 0x3fe6a09e667f3bcd;  // of sqrt(1/2)
+  constexpr int64_t kHalf = 0x3fe6a09e667f3bcd;  // the bits of sqrt(1/2)
   const int64_t e = (bits - kHalf) >> 52;
   bits -= e << 52;
   double m;
@@ -45,7 +45,7 @@ struct RowOfLogits {
   double before;                           // max without the chunk at hand
 };
 
-// So many short rows at a time go through the steps together: within one, each would wait for the step before it.
+// So many short rows go through each step together: a row alone would wait at each for the step before it.
 constexpr int64_t kLogitRows = 32;
 
 template <class T>
@@ -54,7 +54,7 @@ NNFAST_INLINE void cross_entropy_rows(const CrossEntropyForward& f, int64_t firs
   const A* weight = (const A*)f.weight;
   const auto logits = [&](int64_t row) { return (const T*)f.input + (first + row) * f.input_stride; };
   RowOfLogits found[kLogitRows];
-  // Where there was nothing but -inf yet, exp(-inf - base) shall be 0. A NaN goes into the sum.
+  // Where all logits were -inf so far, base is 0, so that exp(-inf - base) is 0. A NaN shows in the sum.
   const auto base = [](const RowOfLogits& r) { return r.max == -INFINITY ? A(0) : A(r.max); };
   for (int64_t begin = 0; begin < f.size; begin += kLogitChunk) {
     const int64_t count = f.size - begin < kLogitChunk ? f.size - begin : kLogitChunk;
@@ -135,7 +135,7 @@ NNFAST_INLINE void cross_entropy_backward_row(const CrossEntropyBackward& b, int
     if (smooth == 0) return v;
     return v - (weight ? load(weight + i, part) * V(smooth) : V(smooth));
   };
-  // The class is put right at the end; its logit may be gone by then.
+  // The class's own gradient is written last, and formed here: in place its logit is overwritten by then.
   const bool ignored = y == b.ignore_index;
   const Vec<A> at_y = ignored ? Vec<A>(A(0)) : grad(x + y, y, First<A>{1}) - Vec<A>(A(s.a));
   sweep_lines<A>(dx, b.size, b.stream, [&](int64_t i, auto part, bool past) NNFAST_LAMBDA {

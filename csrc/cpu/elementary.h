@@ -24,7 +24,7 @@ NNFAST_INLINE V exp2(V x, float shift) {
   return exp2_of(n + shift, x - n);
 }
 
-// e^x for x <= 0. Infinity is held at -200, where e^x is 0 already; a NaN is let through.
+// e^x for x <= 0. x is held at -200, -infinity too: e^x is 0 there already. A NaN is let through.
 template <class V>
 NNFAST_INLINE V exp_of_negative(V x) {
   return exp2(at_least(V(-200.0f), x) * 1.44269504f, 0.0f);
@@ -81,7 +81,7 @@ NNFAST_INLINE Sides<Quad<float>> sigmoid(Quad<float> x) { return sigmoid_simd(x)
 NNFAST_INLINE Sides<f32v> normal_cdf(f32v x) { return normal_cdf_simd(x); }
 NNFAST_INLINE Sides<Quad<float>> normal_cdf(Quad<float> x) { return normal_cdf_simd(x); }
 
-// For double there are no polynomials here: such a run goes element by element through the C library's functions.
+// GELU's functions have no polynomials for double: such a run goes element by element through the C library's.
 struct One {
   using vec = double;
 };

@@ -32,7 +32,7 @@ struct Operand {
   }
 };
 
-// Part number i of `parts` of n, whole steps but the last.
+// Begin and size of part i of n in `parts` parts, of whole steps but for the last.
 std::pair<int64_t, int64_t> part_of(int64_t n, int64_t parts, int64_t i, int64_t step) {
   const int64_t steps = (n + step - 1) / step, begin = std::min(n, steps * i / parts * step);
   return {begin, std::min(n, steps * (i + 1) / parts * step) - begin};

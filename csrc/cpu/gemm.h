@@ -14,8 +14,8 @@ namespace nnfast::NNFAST_ISA {
 
 constexpr int64_t kPanel = kTileRegs * kLanes;
 
-// to[k][r] = rows[r][k] for `rows` rows, `stride` of them side by side in `to`; what lies beyond them there is
-// anything. `there`: how many rows may be read.
+// to[k][r] = from[r][k] for `rows` rows, with room for `stride` of them side by side in `to`; what is written beyond
+// them does not matter. `there`: how many rows may be read.
 template <int64_t stride, class T>
 NNFAST_INLINE void lay(
     const T* from, const int64_t (&strides)[2], int64_t rows, int64_t there, int64_t depth, float* to) {
@@ -39,7 +39,7 @@ NNFAST_INLINE void gemm_lay(const Gemm& f, const GemmPart& part, float* b) {
   });
 }
 
-// c's rows of what was summed up.
+// c[r][j] = sums[r][j] + bias[j]
 template <class T, class Out>
 NNFAST_INLINE void gemm_write(const Gemm& f, const GemmPart& part, const float* sums, int64_t stride) {
   const T* const bias = f.bias ? (const T*)f.bias + part.column : nullptr;

@@ -110,9 +110,9 @@ struct Attention {
     int64_t strides[3];  // of batch, head and row
   };
   enum class Mask { none, boolean, f32, bf16, f16 };
-  // What is computed, by tasks that each thread may take: a block of queries; the gradients of a head of keys, and of
-  // all queries that read it; or of a block of queries, and of a block of keys. Tasks count blocks within heads within
-  // the batch.
+  // What a task, which any thread may take, computes: the output of a block of queries; the gradients of a head of keys
+  // and values and of all queries that read it; those of a block of queries; those of a block of keys and values. Tasks
+  // count blocks within heads within the batch.
   enum class Part { forward, backward_head, backward_queries, backward_keys };
 
   DType dtype;
@@ -180,10 +180,10 @@ struct Kernels {
   double (*sum_of_squares)(DType dtype, const void* x, int64_t begin, int64_t end);
   double (*largest)(DType dtype, const void* x, int64_t begin, int64_t end);
   void (*scale)(DType dtype, void* x, double factor, int64_t begin, int64_t end);
-  // How many columns of b are laid out side by side: a block has a multiple of it, beyond its last column too.
+  // How many columns of b are laid out side by side: a block of them is padded to a multiple of it.
   int64_t gemm_columns;
   void (*gemm_lay)(const Gemm&, const GemmPart&, float* b);
-  // Adds to the sums, `stride` floats a row, or sets them where k0 is 0; where the depth ends k, c is written. `a`:
+  // Adds to the sums, `stride` floats a row, or sets them where k0 is 0, and writes c after the last block of k. `a`:
   // room for rows x depth floats, and 16 more.
   void (*gemm)(const Gemm&, const GemmPart&, const float* b, float* sums, int64_t stride, float* a);
   void (*attention)(const Attention&, Attention::Part, int64_t task, void* scratch);
@@ -191,7 +191,7 @@ struct Kernels {
   int64_t (*attention_scratch)(const Attention&, Attention::Part);
 };
 
-// What the library of the kernels offers to the others.
+// What the library of the kernels offers to the other libraries.
 #pragma GCC visibility push(default)
 namespace avx2 {
 extern const Kernels kernels;

@@ -49,7 +49,7 @@ NNFAST_INLINE void store_rows(T* p, int64_t stride, V v, P part, bool past) {
     store(p + stride, v.hi, part, past);
   }
 }
-// The passes of a row leave the memory idle in turn: the first asks for the rows after the next, the last for the next.
+// So that no pass leaves the memory idle: the first asks for the rows after the next ones, the last for the next ones.
 template <int R, int Ahead, class T, class P>
 NNFAST_INLINE void prefetch_rows(const T* p, int64_t stride, P part) {
   for (int r = 0; r < R; ++r) prefetch(p + (R * Ahead + r) * stride, part);
@@ -122,7 +122,7 @@ NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
   });
   const PerRow<double, R> residual = s1.mean(f.size), square = s2.mean(f.size);
   for (int r = 0; r < R; ++r) {
-    // The residual is from the mean as the subtraction above saw it.
+    // The residual is relative to the mean rounded to A, which is what the subtraction above took.
     mean.v[r] = (double)A(mean.v[r]) + residual.v[r];
     rstd.v[r] = reciprocal_std(corrected_variance(square.v[r], residual.v[r]), f.eps);
     ((A*)f.mean)[row + r] = A(mean.v[r]);
@@ -187,7 +187,7 @@ NNFAST_INLINE void layer_norm_backward_rows(
   });
 }
 
-// Two at a time while rows are short: long ones keep the CPU busy by themselves, and only split its memory traffic.
+// Two at a time while rows are short: a long one keeps the CPU busy by itself, and two would split its memory traffic.
 template <class T>
 NNFAST_INLINE bool is_short(int64_t size) {
   return size * sizeof(T) <= 2048;

@@ -32,7 +32,7 @@ void gelu_elements(const Gelu& f, int64_t count) {
 Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
   gelu_served.taken();
-  // ATen has a vector of doubles' tanh, and takes two thirds of our time.
+  // ATen has a vectorised tanh for double, and takes two thirds of our time.
   if (self.scalar_type() == at::kDouble && approximate == "tanh") return at::gelu(self, approximate);
   // The output's dimensions follow each other in memory as the input's do, without its gaps.
   const Tensor input = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);

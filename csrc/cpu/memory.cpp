@@ -27,17 +27,17 @@ namespace nnfast {
 namespace {
 
 std::atomic<int64_t> until_failure{-1};
-// Activations of half a MB are the most of a step's memory where few tokens go through it: taken from the C library
-// they would stand beside what is kept.
+// Where few tokens go through a step, activations of half a MB are most of its memory: from the C library they would
+// come on top of what is kept here.
 Threshold large("memory.large_bytes", int64_t(512) << 10);
 
-// Torch's allocator, as it was before ours went before it.
+// Torch's allocator, as it was before ours took its place.
 c10::Allocator& torchs() {
   static auto* const before = c10::GetCPUAllocator();
   return *before;
 }
 
-// Ours from now on, for ForTorch and for where torch's has no more.
+// From now on torch allocates through ours, for ForTorch and to give back what is kept where memory runs out.
 void go_before_torchs();
 
 // torch's own error, where this allocation is to fail: more is asked for than there can be.
@@ -49,7 +49,7 @@ void fail_if_due() {
 
 constexpr size_t kPage = 4096;
 Threshold huge_page("memory.huge_page", int64_t(2) << 20);
-// For so long what was live at once says how much may be kept: longer than most training steps take.
+// For so long the most that was live at once says how much may be kept: longer than most training steps take.
 Threshold keep_ms("memory.keep_ms", 10'000);
 Path mapped("memory.mapped"), gathered("memory.gathered"), given_again("memory.given_again");
 
@@ -59,7 +59,7 @@ char* round_down(char* p, size_t to) { return (char*)((uintptr_t)p / to * to); }
 class Pool {
  public:
   Pool() {
-    // Nobody holds the lock in a child: the thread that forks does.
+    // The thread that forks takes the lock first: in the child nobody else could ever release it.
     pthread_atfork([] { pool().mutex_.lock(); }, [] { pool().mutex_.unlock(); }, [] { pool().mutex_.unlock(); });
   }
 
@@ -151,7 +151,7 @@ class Pool {
     return aligned;
   }
 
-  // No range is long enough: a new one, under which the huge pages of those that are kept move.
+  // No range is long enough: a new one is mapped, and the huge pages of the kept ranges are moved into it.
   char* map(size_t size) {
     const size_t huge = huge_page;
     char* data = map_afresh(size);
@@ -179,7 +179,7 @@ class Pool {
       range = ranges_.erase(range);
       for (; begin < end; begin += huge, to += huge)
         if (mremap(begin, huge, huge, MREMAP_MAYMOVE | MREMAP_FIXED, to) == MAP_FAILED) {
-          // The system counts mappings. What was at `to` may be gone by now, and another thread's be there.
+          // The system limits mappings. What was at `to` may be gone and another thread's memory be there: it stays.
           munmap(begin, end - begin);
           munmap(data, to - data);
           munmap(to + huge, data + size - (to + huge));
@@ -233,7 +233,7 @@ void release(void* context) {
   Pool::pool().give((char*)block->data, block->size);
 }
 
-// From torch's allocator, which has the error too. What is kept makes nobody fail.
+// From torch's allocator, which also raises the error. Before it does, what is kept goes back to the system.
 c10::DataPtr torchs_or_kept(size_t bytes) {
   try {
     return torchs().allocate(bytes);
@@ -275,7 +275,7 @@ c10::DataPtr torchs_or_kept(size_t bytes) { return torchs().allocate(bytes); }
 
 thread_local size_t awaited = 0;
 
-// What torch allocates by from go_before_torchs() on.
+// The allocator that torch uses from go_before_torchs() on.
 class BeforeTorchs final : public c10::Allocator {
  public:
   c10::DataPtr allocate(size_t bytes) override {
@@ -305,7 +305,7 @@ ForTorch::ForTorch(int64_t bytes) : before_(awaited) {
 ForTorch::~ForTorch() { awaited = before_; }
 
 at::Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) {
-  // Where torch is told to fill new memory, so that a read of it shows.
+  // The user may have told torch to fill new memory, so that a read before any write shows.
   const auto& context = at::globalContext();
   const bool fill = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
 #ifdef __linux__

@@ -72,7 +72,7 @@ NNFAST_INLINE void write_master(bf16* p, int16_t* master, f32v v) {
   const bits_t nan = all(0x7fc0), bits = bits_of(v);
   const bits_t param = unless_nan(v, right<16>(add(bits, all(0x8000))), nan);
   store_halves(p, param);
-  store_halves(master, unless_nan(v, bits, all(0)));  // what is left in the lower halves, taken modulo 2^16
+  store_halves(master, unless_nan(v, bits, all(0)));  // bits - (param << 16) modulo 2^16 is the lower half of bits
 }
 
 NNFAST_INLINE void write_by_chance(bf16* p, f32v v, uint32_t seed, uint32_t index) {
@@ -135,7 +135,7 @@ NNFAST_INLINE void store_by_chance(bf16* p, f32v v, uint32_t seed, uint32_t inde
 
 // ---- what the formulas read and write ----
 
-// The gradient as the formulas want it; unscaled, it is written back.
+// The gradient as the formulas want it. Once divided by grad_scale, it is also written back, as torch does.
 template <class T, class Part>
 NNFAST_INLINE auto read_grad(const StepTensor& t, T* g, Part part) {
   using V = typename Part::vec;
@@ -149,7 +149,7 @@ NNFAST_INLINE auto read_grad(const StepTensor& t, T* g, Part part) {
   return grad;
 }
 
-// Element `index` of the parameter and on, Exact: with its master.
+// The parameter's elements from `index` on; Exact: with their masters.
 template <bool Exact, class T, class Part>
 NNFAST_INLINE auto read_param(const StepTensor& t, int64_t index, Part part) {
   if constexpr (Exact)

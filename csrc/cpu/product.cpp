@@ -24,7 +24,7 @@ namespace {
 Path by_gemm("product.gemm"), by_one_dnn("product.one_dnn"), into_memory("product.into_memory"),
     by_torch("product.torch"), widened("product.widened");
 
-// Whether torch's float32 products may be another's at all: on Intel's CPUs they stay MKL's, which is made for them.
+// Whether another library than MKL may make float32 products at all: MKL is made for Intel's CPUs and keeps them there.
 bool not_intel() {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
@@ -37,17 +37,17 @@ bool avx512() { return cpu_kernels() && cpu_kernels()->avx512; }
 bool avx2() { return cpu_kernels() && !cpu_kernels()->avx512; }
 
 // torch multiplies float32 with MKL, and oneDNN is at hand in the same library: 1.1 times as fast on a Zen 4, 1.9
-// times on a Zen 5, slower only where the call costs more than the product. With AVX2 alone it is not. 16-bit products
-// are oneDNN's anyway; but torch writes the bias into each row of the output before them, and asked itself oneDNN adds
-// it as it goes: 1.04 to 1.08 times as fast at 1024 rows.
+// times on a Zen 5, slower only where the call costs more than the product. With AVX2 alone it is not faster. 16-bit
+// products are oneDNN's anyway; but torch writes the bias into each row of the output before them. Called directly,
+// oneDNN adds it as it goes: 1.04 to 1.08 times as fast at 1024 rows.
 Threshold one_dnn_float32("product.one_dnn_float32", not_intel() && avx512());
 Threshold one_dnn_multiply_adds("product.one_dnn_multiply_adds", 2'000'000);
 
 // In 16 bits on a CPU for which oneDNN has no kernels of them, our own (gemm.h) is 4 to 12 times as fast as torch's
 // where both operands lie by rows, and 20 to 100 where the weight lies by columns, as it does for the input's gradient
-// (a Zen 3). Measured with AVX2 alone. In tests 2: whatever oneDNN has.
+// (a Zen 3). Measured with AVX2 alone. Tests set 2, so that ours serves whatever oneDNN has.
 Threshold gemm_16_bits("product.gemm_16_bits", avx2());
-// Below, the call costs more than the product, even where torch's makes a thousand million a second.
+// Below, the call costs more than the product, even where torch's kernel makes only 10^9 multiply-adds a second.
 Threshold gemm_multiply_adds("product.gemm_multiply_adds", 8192);
 
 using OneDnnLinear = Tensor(
@@ -115,7 +115,7 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
     return gemm(input.scalar_type(), input, weight, bias);
   }
   const bool one_dnn_does = one_dnn_serves(input, weight, defined(bias));
-  // Of a CPU without bfloat16 it asks for that in float32 too.
+  // mkldnn_matmul refuses a CPU without bfloat16, for float32 too.
   if (one_dnn_does && !defined(bias) && at::native::mkldnn_matmul && one_dnn_has(at::kBFloat16)) {
     by_one_dnn.taken();
     return one_dnn_matmul(input, weight.t());
@@ -127,7 +127,7 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
     return defined(bias) ? at::addmm(*bias, input, weight.t()) : at::linear(input, weight);
   }
   by_one_dnn.taken();
-  // It asks input and weight for their strides, and takes the bias for dense.
+  // The op reads the strides of input and weight, but takes the bias as dense.
   const OptTensor dense = defined(bias) ? OptTensor(bias->contiguous()) : std::nullopt;
   return one_dnn()->typed<OneDnnLinear>().call(
       input, weight, dense, "none", c10::List<std::optional<at::Scalar>>(), "");

@@ -1,7 +1,7 @@
 // The update of RMSprop over a range of one tensor's elements. The maths is in math/rmsprop.h.
 //
-// Bound by memory: read p, g, v and write p, v, which is 20 bytes an element in float; 8 more with momentum, and where
-// the gradient is centered.
+// Bound by memory: read p, g, v and write p, v, which is 20 bytes an element in float; 8 more with momentum, and 8 more
+// where the gradient is centered.
 #pragma once
 
 #include "../math/rmsprop.h"

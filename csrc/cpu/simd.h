@@ -13,7 +13,7 @@ namespace nnfast::NNFAST_ISA {
 #define NNFAST_INLINE static inline __attribute__((always_inline))
 #define NNFAST_MEMBER inline __attribute__((always_inline))
 #define NNFAST_LAMBDA __attribute__((always_inline))
-// For tools: compiled sooner, and each branch counts once. With -march=native, for a register that is handed on.
+// For tools: it compiles sooner, and each branch is counted once. Needs -march=native, as functions pass registers on.
 #else
 #define NNFAST_INLINE [[maybe_unused]] static
 #define NNFAST_MEMBER
@@ -169,10 +169,11 @@ NNFAST_INLINE void stream(T* p, f32v v) {
 // The lanes that do not take part become zero.
 NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t) { return _mm512_maskz_mov_ps((1u << t.n) - 1, v); }
 NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t) { return _mm512_maskz_mov_pd((1u << t.n) - 1, v); }
-// They become `rest`.
+// The lanes that do not take part become `rest`.
 NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t, f32v rest) { return _mm512_mask_mov_ps(rest, (1u << t.n) - 1, v); }
 NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t, f64v rest) { return _mm512_mask_mov_pd(rest, (1u << t.n) - 1, v); }
 
+// The sum and the largest of the lanes.
 NNFAST_INLINE float sum(f32v v) { return _mm512_reduce_add_ps(v); }
 NNFAST_INLINE double sum(f64v v) { return _mm512_reduce_add_pd(v); }
 NNFAST_INLINE float largest(f32v v) { return _mm512_reduce_max_ps(v); }
@@ -185,7 +186,7 @@ NNFAST_INLINE f64v round(f64v v) { return _mm512_roundscale_pd(v, _MM_FROUND_TO_
 // v 2^n, with overflow to infinity and underflow to zero.
 NNFAST_INLINE f32v scale2(f32v v, f32v n) { return _mm512_scalef_ps(v, n); }
 NNFAST_INLINE f64v scale2(f64v v, f64v n) { return _mm512_scalef_pd(v, n); }
-// The smaller, the larger of a limit and x; a NaN in x stays, because the instruction gives its second operand then.
+// The smaller or the larger of a limit and x; a NaN in x stays, because the instruction then gives its second operand.
 NNFAST_INLINE f32v at_most(f32v limit, f32v x) { return _mm512_min_ps(limit, x); }
 NNFAST_INLINE f32v at_least(f32v limit, f32v x) { return _mm512_max_ps(limit, x); }
 NNFAST_INLINE f64v at_least(f64v limit, f64v x) { return _mm512_max_pd(limit, x); }
@@ -193,7 +194,7 @@ NNFAST_INLINE f64v at_least(f64v limit, f64v x) { return _mm512_max_pd(limit, x)
 NNFAST_INLINE f32v if_negative(f32v x, f32v a, f32v b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
 }
-// The larger one, NaN where either is: only a need be looked at, for the reason above.
+// The larger one, or NaN where either is. A NaN in b stays as x's above, so only a is looked at.
 NNFAST_INLINE f32v maximum(f32v a, f32v b) {
   return _mm512_mask_mov_ps(_mm512_max_ps(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
 }
@@ -481,7 +482,7 @@ NNFAST_INLINE void move_sums(DType dtype, void* to, void* from, int64_t size) {
   });
 }
 
-// The threads' partial sums, added up in order. One output type, or float sums into a 16-bit one.
+// The threads' partial sums, in the accumulation type of `out`, added up in order.
 NNFAST_INLINE void sum_parts(DType out_dtype, const void* parts, int64_t count, int64_t size, void* out) {
   visit(out_dtype, [&](auto t) {
     using T = decltype(t);

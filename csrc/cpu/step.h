@@ -83,7 +83,7 @@ void step_cpu(
     }
     const Tensor* grad = &a.grads[i];
     if (grad->strides() != param.strides()) {
-      // Written back in its own order it would be one more thing that can fail.
+      // The unscaled gradient would have to be written back in its own order, which is one more thing that can fail.
       TORCH_CHECK_NOT_IMPLEMENTED(
           grad_scale == 1, "nnfast::", Call::kName, ": grad_scale with a gradient of other strides");
       reordered_gradient.taken();

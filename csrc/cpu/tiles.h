@@ -111,7 +111,7 @@ NNFAST_INLINE Tile tile_of(int64_t rows, int64_t regs) {
   }
 }
 
-// c[r][columns] for r < rows, in tiles. span(r0, r1) says which k of rows r0 to r1 count: the others of a are zero.
+// c[r][columns] for r < rows, in tiles. span(r0, r1) says which k count for rows r0 to r1: elsewhere a is zero.
 template <class Op, bool Across, Into into, class Span>
 NNFAST_INLINE void product_by_rows(
     int64_t rows, int64_t columns, Words a, Words b, float* c, int64_t c_stride, const float* factors, Span span) {
@@ -129,8 +129,8 @@ NNFAST_INLINE void product_by_rows(
 
 // ---- how operands are laid out ----
 
-// lo: the lanes of a whose number has no bit `step`, and between them those of b, each `step` to the right; hi: the
-// rest. Over all steps this transposes as many registers as one has lanes.
+// For each lane i without the bit `step`, j = i + step: a[j] and b[i] change places. Over all steps this transposes as
+// many registers as one has lanes.
 template <int step>
 NNFAST_INLINE void exchange(f32v& a, f32v& b) {
 #ifdef NNFAST_AVX512
@@ -162,8 +162,8 @@ NNFAST_INLINE void exchange_all(f32v (&r)[kLanes]) {
     if (!(i & step)) exchange<step>(r[i], r[i + step]);
 }
 
-// to[w][r] = rows[r][w], and 0 for r from `rows` up to whole registers. `to` has `to_stride` columns: where those are
-// fewer than the registers write, each row ends what the one before it wrote too far.
+// to[w][r] = from[r][w], and 0 for r from `rows` up to whole registers. `to` has `to_stride` columns: where those are
+// fewer than the registers write, each row overwrites what the one before it wrote too far.
 template <int64_t to_stride = kBlock, class T>
 NNFAST_INLINE void turn(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
   for (int64_t r = 0; r < rows; r += kLanes)
@@ -225,7 +225,7 @@ NNFAST_INLINE Words by_words(Source<T> from, int64_t rows, int64_t width, float*
   }
 }
 
-// The rows as the dimension that is summed over: whole registers of words, and zero past the width. `wordy` is what
+// The rows as b of a tile, which sums over them: whole registers of words, and zero past the width. `wordy` is what
 // by_words gave.
 template <class T>
 NNFAST_INLINE Words by_registers(Source<T> from, int64_t rows, int64_t width, Words wordy, float* space) {
@@ -258,8 +258,8 @@ NNFAST_INLINE Words by_registers(Source<T> from, int64_t rows, int64_t width, Wo
   return {space, stride};
 }
 
-// Rows of a block of probabilities as words by which the sums over keys go: floats as they are, or the pairs of rows
-// 2 i and 2 i + 1. A row has kBlock words.
+// Two rows of probabilities, which are keys, as a of a tile that sums over keys: floats as they are, or in one row of
+// words, each a pair of the two rows. A row has kBlock words.
 template <class T>
 NNFAST_INLINE void store_across(float* to, int64_t row, int64_t column, f32v p, f32v q) {
 #ifdef NNFAST_AVX512_BF16

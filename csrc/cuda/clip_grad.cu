@@ -7,8 +7,8 @@
 namespace nnfast::cuda {
 namespace {
 
-// Each block adds up its chunk: in float, as some thirty squares a thread and then pairs of sums are. The last to be
-// done adds up the blocks' in double, in their order: the same from run to run.
+// Each block adds up its chunk in float: some thirty squares a thread, then sums in pairs, which loses few digits. The
+// last block to be done adds up all blocks' sums in double, in their order: the same from run to run.
 __global__ void __launch_bounds__(kStepThreads) norm_kernel(const __grid_constant__ Norm a) {
   const StepChunk which = a.table.chunks[blockIdx.x];
   const StepTensor& t = a.table.tensors[which.tensor];

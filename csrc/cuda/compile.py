@@ -323,7 +323,7 @@ def main() -> int:
             groups = defaultdict(list)
             for name, k in kernels.items():
                 if name in counts:
-                    if arch == "90a":  # what the budgets are of; the others say it in other instructions
+                    if arch == "90a":  # the budgets are for it alone: other architectures have other instructions
                         failures += [f"{what}: {problem}" for problem in slipped(name, counts[name])]
                         if clocks := row_clocks(name, counts[name]):
                             rows_issued.append((name, *clocks))

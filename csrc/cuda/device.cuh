@@ -247,7 +247,7 @@ __device__ void store_global(T* p, const A (&x)[V]) {
 // Which columns of a row of n <= Threads * E one thread of Threads holds. By 16-byte vectors where every row starts on
 // 16 bytes and ends with a vector; otherwise one by one, side by side with its neighbours, so that a warp's
 // accesses still are one run of memory. What lies past the end reads as 0 and is not written. Vectors: bool, or
-// std::true_type and std::false_type where a kernel of its own knows it.
+// std::bool_constant where a kernel is compiled for the one or the other.
 template <class T, int Threads, int E, class Vectors = bool>
 struct Columns {
   static constexpr int V = kVector<T> < E ? kVector<T> : E;

@@ -20,8 +20,8 @@ enum class DType : uint8_t { f32, bf16, f16 };  // float64 is torch's
 // Whether the current device runs what the kernels were compiled for: all of them for the same architectures.
 bool kernels_load();
 
-// Rows of `size` elements. Output rows are contiguous. output_dtype: of all but the input and its gradient, theirs or
-// float beside 16 bits.
+// Rows of `size` elements. Output rows are contiguous. dtype: of input and grad_input; output_dtype: of all the rest,
+// the same or float beside 16 bits.
 struct LayerNormForward {
   DType dtype, output_dtype;
   int64_t rows, size, input_stride;
@@ -68,7 +68,7 @@ struct LinearGelu {
   int device;
 };
 int64_t linear_gelu_workspace(const LinearGelu& f);  // bytes
-// What CUTLASS has to say against it, or null.
+// CUTLASS's error, or null.
 const char* linear_gelu(const LinearGelu& f, void* workspace, cudaStream_t stream);
 
 // The backward of linear(gelu(pre), weight), in one kernel for sm_90a as above: grad = grad_out weight, grad_pre = grad
@@ -81,7 +81,7 @@ struct GeluLinearBackward {
   void *grad, *grad_pre, *grad_bias;    // (rows, in) twice, (in)
   int device;
 };
-// `parts` holds rows of `width` numbers, and so does grad_bias.
+// `parts` holds so many rows of `width` numbers, and grad_bias one such row.
 int64_t gelu_linear_parts(const GeluLinearBackward& b), gelu_linear_width(const GeluLinearBackward& b);
 int64_t gelu_linear_workspace(const GeluLinearBackward& b);  // bytes
 const char* gelu_linear_backward(const GeluLinearBackward& b, float* parts, void* workspace, cudaStream_t stream);
@@ -108,7 +108,7 @@ struct StepTable {
   const StepChunk* chunks;
   int64_t chunk_count;
 };
-// Numbers: the optimizer's; `known` in them is what an element needs, of a tensor at `step` where lr is known here.
+// Numbers: the optimizer's. `known` in them is what an element needs, for a tensor at `step` with the lr of the host.
 template <class Numbers>
 struct Step {
   StepTable table;
@@ -140,8 +140,8 @@ struct Norm {
   double max_norm;
   const float* grad_scale;  // null, or one number on the device
   double* norm;             // or null
-  float* coef;              // or null: what the gradients are to be multiplied by, at most 1;
-  void* rounded;            // then the norm, too, in a dtype
+  float* coef;              // or null: what the gradients are to be multiplied by, at most 1
+  void* rounded;            // beside coef: the norm, rounded to rounded_dtype
   DType rounded_dtype;
 };
 cudaError_t norm(const Norm& a, cudaStream_t stream);

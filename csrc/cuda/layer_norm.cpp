@@ -17,7 +17,7 @@ OptTensor contiguous(const OptTensor& t) { return defined(t) ? OptTensor(t->cont
 const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() : nullptr; }
 void* data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
-// What stands beside the input has one dtype: its own, or float where the output is.
+// weight and bias have the dtype of the output: the input's, or float.
 void check_beside(const OptTensor& weight, const OptTensor& bias, at::ScalarType output) {
   for (const auto* t : {&weight, &bias})
     TORCH_CHECK_NOT_IMPLEMENTED(

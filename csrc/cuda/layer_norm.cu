@@ -1,9 +1,9 @@
 // LayerNorm on rows, forward and backward. The maths is in math/moments.h.
 //
 // Forward moves 2 N elements a row (read x, write y), backward 3 N (read grad and x, write dx): a row is read once and
-// then held in the registers of its threads, in the backward by a cluster of blocks where one has too few. A row too
-// long for that a block walks over instead: the later passes find it in shared memory (forward, while it fits) or in
-// L2; backward 5 N then, for dw and db read grad and x again.
+// then held in the registers of its threads, in the backward by a cluster of blocks where one has too few. Over a row
+// too long for that a block walks instead: the later passes find it in shared memory (forward, while it fits) or in L2;
+// backward moves 5 N then, for dw and db read grad and x again.
 #include "../math/moments.h"
 #include "device.cuh"
 
@@ -52,8 +52,8 @@ auto with_held(int64_t size, HeldList<First, Rest...>, Body body, None none) {
 
 // ---- forward ----
 
-// Bound by the instructions where a row has a few hundred 16-bit elements, so what is the same for all rows is known
-// here: Vectors, and Affine, that there are both a weight and a bias; else it is looked up.
+// Bound by the instructions where a row has a few hundred 16-bit elements, so what is the same for all rows is known at
+// compile time: Vectors, and Affine, that there are both a weight and a bias; without Affine each is looked up.
 template <class T, class W, class H, bool Vectors, bool Affine>
 __global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForward f, float inverse_size) {
   constexpr int E = H::kElements;
@@ -114,7 +114,7 @@ __device__ void each_column(int64_t n, bool vectors, Body body) {
 }
 
 // A block a row. `keep`: the row fits into shared memory, where each thread finds what it has put there itself. Up to
-// 16384 elements that leaves registers for three blocks or four on a multiprocessor, where holding them leaves one.
+// 16384 elements a multiprocessor then has registers for three or four blocks; with the row in registers, for one.
 template <class T, class W>
 __global__ void __launch_bounds__(kLongBlock)
     layer_norm_fwd_long_kernel(LayerNormForward f, float inverse_size, bool vectors, bool keep) {
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kLongBlock)
 // the end. By vectors the next row is on its way into shared memory meanwhile.
 template <class T, class W, class H, bool Vectors, bool Cluster>
 __global__ void __launch_bounds__(H::kBlock, kResident<H>) layer_norm_bwd_kernel(LayerNormBackward b, float* parts) {
-  // Those who share a row: threads of one of `teams` teams, of which there are kRows in a block or one in a cluster.
+  // A team is a block, of which each group of threads holds one of kRows rows, or a cluster, which holds one row.
   int team = blockIdx.x, teams = gridDim.x, n = static_cast<int>(b.size), start = 0;
 #if NNFAST_HOPPER
   const auto cluster = cooperative_groups::this_cluster();
@@ -375,7 +375,7 @@ bool on_vectors(const LayerNormBackward& b) {
          aligned(b.input) && aligned(b.weight) && aligned(b.grad_input);
 }
 
-// More than 48 KB a block, what the kernel declares itself included, must be asked for: once, before the first launch.
+// More than 48 KB a block, of which the kernel itself declares less than 16, must be asked for before the first launch.
 template <class Kernel>
 cudaError_t allow_shared(Kernel kernel, size_t bytes) {
   if (bytes <= 32 << 10) return cudaSuccess;
@@ -418,7 +418,7 @@ int resident_clusters(int blocks, size_t shared) {
 
 template <class T, class W, bool Vectors>
 Plan plan(const LayerNormBackward& b) {
-  // One row on its way, of the gradient and of x.
+  // The next rows of a block on their way, of grad_out and of x.
   const auto shared = [](auto h) {
     return Vectors ? decltype(h)::kSize * decltype(h)::kRows * (sizeof(W) + sizeof(T)) : 0;
   };

@@ -22,8 +22,8 @@ void check(bool covered) {
 Tensor gelu_cuda(const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
   const On on(self);
-  // The output lies as the input does where that has no gaps, in rows where it has.
-  const Tensor input = self.is_non_overlapping_and_dense() ? self : self.contiguous();
+  // The output's dimensions follow each other in memory as the input's do, without its gaps.
+  const Tensor input = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
   Tensor output = at::empty_like(input);
   C10_CUDA_CHECK(
       cuda::gelu(
@@ -79,12 +79,12 @@ Tensor gemm(const Tensor& input, const Tensor& weight, const OptTensor& bias = s
 }
 
 #ifdef NNFAST_SM90A
-// Where the epilogue is a fiftieth of the products; a measurement should settle it.
+// From here on the epilogue takes less than a fiftieth of the products' time; a measurement should settle it.
 Threshold cooperative_in("linear_gelu.cooperative_in", 16384);
 
 bool by_rows(const Tensor& t) { return t.is_contiguous() && reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0; }
 
-// Whether this is a GPU, and a product of sizes, for CUTLASS's kernels; x is one of its operands.
+// Whether CUTLASS's kernels serve this GPU and a product of these sizes; x is one of its operands.
 bool for_sm90a(const Tensor& x, int64_t rows, int64_t in, int64_t out) {
   if (x.element_size() != 2 || rows == 0 || in == 0 || out == 0 || in % 8 || out % 8) return false;
   if (std::max({rows, in, out}) > std::numeric_limits<int>::max()) return false;

@@ -26,7 +26,7 @@ using cute::Shape;
 using Tile = Shape<_128, _128, _64>;
 using Cluster = Shape<_2, _1, _1>;
 
-// dGELU of a product that is stored in T, as it will be stored in T.
+// grad_pre = product gelu'(pre), of the product as it is stored in T, and rounded as it is stored in T.
 template <class T, bool Tanh>
 struct Derivative {
   template <class Value>
@@ -112,7 +112,7 @@ struct ColumnSums {
       CUTLASS_PRAGMA_UNROLL
       for (int i = 0; i < cute::size(each); ++i) {
         // In the matrix instructions' result four threads side by side have the columns of a row, and the next four the
-        // same of the next.
+        // same columns of the next row.
         float s = each(i);
         CUTLASS_PRAGMA_UNROLL
         for (int lanes = 16; lanes >= 4; lanes /= 2) s += __shfl_xor_sync(~0u, s, lanes);
@@ -163,7 +163,7 @@ struct Kernel {
   using Grad = cutlass::epilogue::fusion::Sm90EVT<
       cutlass::epilogue::fusion::Sm90Compute<Derivative<T, Tanh>::template Fn, float, float, kRound>, Product,
       cutlass::epilogue::fusion::Sm90SrcFetch<T>>;
-  // Beyond the last row everything is 0.
+  // Rows beyond the last are 0, and so add nothing.
   using Summed = cutlass::epilogue::fusion::Sm90EVT<ColumnSums, Grad>;
   using Result = cutlass::epilogue::fusion::Sm90EVT<
       cutlass::epilogue::fusion::Sm90Compute<cutlass::epilogue::thread::Identity, T, float, kRound>, Summed>;
@@ -191,7 +191,7 @@ struct Kernel {
         {static_cast<const T*>(b.grad_out), cutlass::make_cute_packed_stride(typename G::StrideA{}, {m, k, 1}),
          static_cast<const T*>(b.weight), cutlass::make_cute_packed_stride(typename G::StrideB{}, {n, k, 1})},
         {{}, static_cast<const T*>(b.pre), by_rows, static_cast<T*>(b.grad_pre), by_rows}};
-    // As the tree is nested: what an operation takes first, its own arguments last.
+    // Nested as the tree is: of each operation the arguments of its operands first, its own last.
     typename Product::Arguments product{{}, {static_cast<T*>(b.grad), by_rows}};
     a.epilogue.thread = {{{product, {}, {}}, {parts, padded(b.in)}}, {}};
     a.hw_info.device_id = b.device;

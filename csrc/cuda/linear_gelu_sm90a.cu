@@ -26,7 +26,7 @@ using cute::Shape;
 // The tiles to choose from, and where the choice changes; a measurement should settle both. Two blocks of a cluster
 // share their tiles of the weight. Pingpong: two warpgroups, each on its own tile, the epilogue of one under the
 // products of the other; a thread then has registers for 192 sums at the most. Cooperative: both on one tile, and
-// nothing under the epilogue, which is 2048 / in of a seventh of the time; but a larger tile reads an eighth less.
+// nothing under the epilogue: a seventh of the time at in = 2048, less beyond; but a larger tile reads an eighth less.
 using Pingpong = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
 using Cooperative = cutlass::gemm::KernelTmaWarpSpecializedCooperative;
 using Huge = Shape<_128, _256, _64>;

@@ -132,8 +132,8 @@ __device__ void update(
   });
 }
 
-// The scalars of a tensor, for one thread of each of its blocks. A count on the device is read by all of them and then
-// advanced by the last one that has.
+// The scalars of a tensor, for one thread of each of its blocks. A count on the device is read by all of them, and
+// advanced by the last one to have read it.
 template <class Formula>
 __device__ auto scalars(const Step<typename Formula::Numbers>& a, StepTensor& t) {
   if (!t.step && !a.device_lr && t.step_offset == 0) return a.numbers.known;

@@ -18,11 +18,11 @@ namespace nnfast::cuda {
 
 // A table as it lies on the device: the tensors, then their chunks.
 struct KeptTable {
-  c10::cuda::CUDAStream stream;  // that its memory belongs to, and that filled it
+  c10::cuda::CUDAStream stream;  // of the launches that it serves
   std::vector<StepTensor> tensors;
   int64_t chunks;
   Tensor memory;
-  char* device = nullptr;  // where it lies
+  char* device = nullptr;  // where the memory begins
 
   bool serves(const c10::cuda::CUDAStream& s, const std::vector<StepTensor>& t) const {
     return stream == s && tensors.size() == t.size() &&
@@ -53,7 +53,7 @@ inline void upload(KeptTable& table, bool capturing) {
   if (!capturing) return fill();
   // The table of a graph is filled now, beside the stream that is being captured, and not by the graph: a replay then
   // needs nothing of the host's. Nor can it lie in the graph's own memory, which earlier kernels of the graph may use.
-  // Nobody says when the graph is gone, so that the table stays: 72 bytes a tensor and 8 a chunk for each capture.
+  // Nobody says when the graph is gone, so that the table stays: 80 bytes a tensor and 8 a chunk for each capture.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
   const c10::cuda::CUDAStreamGuard side(
       c10::cuda::getStreamFromPool(/*isHighPriority=*/false, table.stream.device().index()));
@@ -137,7 +137,7 @@ void step_cuda(const Call& c, cudaError_t (*kernel)(const Step<Numbers>&, cudaSt
   a.found_inf = device_float(c.found_inf, params[0], Call::kName, "found_inf");
   a.clip_coef = device_float(c.clip_coef, params[0], Call::kName, "clip_coef");
   a.maximize = c.maximize;
-  // Counts on the CPU advance there, so it must know; torch keeps them on the device wherever it passes found_inf.
+  // Counts on the CPU advance here, so found_inf must be read; torch keeps them on the device wherever it passes that.
   if (!on_device && !steps.empty() && a.found_inf && c.found_inf->template item<float>() != 0) return;
 
   std::vector<StepTensor> tensors(n);  // zeros, between the members too: they are compared as bytes

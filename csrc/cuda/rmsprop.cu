@@ -1,7 +1,7 @@
 // One step of RMSprop for any number of tensors in one launch. The maths is in math/rmsprop.h.
 //
 // Bound by memory: read p, g, v and write p, v, which is 20 bytes an element in float; 8 more with momentum, and 8 more
-// where it is centered.
+// where the gradient is centered.
 #include "optimizer.cuh"
 
 namespace nnfast::cuda {

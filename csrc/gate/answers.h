@@ -1,5 +1,5 @@
-// Which kernels of a GPU are known to be right there: a small case beside torch's op, asked of nnfast/selftest.py
-// before the first call, and kept. Kernels that nobody has measured on that GPU, or a bad driver, then cost no digit.
+// Which kernels are known to be right on this GPU. Before the first call nnfast/selftest.py compares a small case with
+// torch's op, and its answer is kept. So kernels that nobody has tried there, or a bad driver, give no wrong result.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,10 +11,10 @@
 
 namespace nnfast {
 
-// All of it under Python's lock.
+// Every call holds Python's lock, so there is no other.
 class KnownAnswers {
  public:
-  // Whoever answers, or null: then all is right. Forgets what was answered. `on_cpu`, for tests: a CPU's kernels too.
+  // Sets who answers; null: all kernels count as right. Forgets earlier answers. `on_cpu`, for tests: tries a CPU too.
   void ask(PyObject* whom, bool on_cpu) {
     Py_XINCREF(whom);
     Py_XDECREF(whom_);
@@ -23,8 +23,8 @@ class KnownAnswers {
     answers_ = {};
   }
 
-  // Whether the kernels called `backend` of op number `op` are right for tensors like t and rows of `size`, which
-  // decides how they are launched: what lies between two powers of two is one answer. False as long as it cannot be
+  // Whether the kernels called `backend` of op number `op` are right for tensors like t and rows of `size`. The size
+  // decides how they are launched: all sizes between two powers of two share one answer. False while nobody can be
   // asked.
   bool right(size_t op, const char* name, const char* backend, const Tensor& t, int64_t size) {
     if (t.is_cpu() ? !on_cpu_ : !t.is_cuda()) return true;
@@ -48,7 +48,7 @@ class KnownAnswers {
     return right;
   }
 
-  // Whether this thread is the one that looks: to it every kernel is open.
+  // Whether this thread runs the comparison: every kernel is then open to it.
   static bool& asking() {
     static thread_local bool is = false;
     return is;

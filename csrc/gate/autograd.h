@@ -48,8 +48,6 @@ void let_go(OpNode<T>& node) {
   node.save_variables_to_ctx();
 }
 
-inline bool held_by_nobody_else(const at::Tensor& t) { return t.use_count() == 1 && t.storage().use_count() == 1; }
-
 // The node whose backward is running on this thread, if it is a T.
 template <class T>
 T* running_node() {
@@ -64,7 +62,7 @@ template <class T, class Node = OpNode<T>, class... Inputs>
 auto make_node(const Inputs&... inputs) {
   if (const auto& functorch = at::functorch::functorchTLSAccessor()) functorch->checkSupportsCppAutogradFunction();
   auto node = [] {
-    // torch 2.11 counts the references to a node outside of it.
+    // torch 2.11 holds a node by shared_ptr; in a later torch a node counts its references itself.
     if constexpr (std::is_base_of_v<c10::intrusive_ptr_target, Node>)
       return c10::make_intrusive<Node>();
     else

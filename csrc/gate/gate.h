@@ -58,13 +58,13 @@ constexpr std::array kOps = {
     "scaled_dot_product_attention",
     "embedding"};
 
-// Whose kernels the dispatcher holds at the CUDA key: ours in C++, known when this module is loaded, or Triton's, which
-// Python registers and then says so.
+// Whose kernels the dispatcher holds at the CUDA key. in_cpp: ours in C++, known when this module is loaded; on_gpu:
+// the same, or Triton's once Python has registered them and said so.
 inline std::array<Backend, kOps.size()> in_cpp, on_gpu;
 
 inline KnownAnswers known_answers;
 
-// `size`: of the rows of t, where a kernel is launched in one way or another by that.
+// `size`: of a row of t, where that decides how the kernel is launched.
 inline bool served(Op op, const Tensor& t, int64_t size = 1) {
   auto owner = !t.is_cpu() ? on_gpu[op] : cpu_kernels() ? Backend::cpu : Backend::torch;
   if (owner == Backend::cuda && cuda_kernels_load && !cuda_kernels_load(t.device().index())) owner = Backend::torch;
@@ -100,7 +100,7 @@ inline bool unpack_int(PyObject* o, int64_t& out) {
   return PyErr_Occurred() ? (PyErr_Clear(), false) : true;
 }
 
-// A sequence of ints; a single int, as torch's own parser, is not one.
+// A tuple or list of ints; a single int is none, as to torch's own parser.
 inline bool unpack_sizes(PyObject* o, at::DimVector& out) {
   if (!PyTuple_Check(o) && !PyList_Check(o)) return false;
   for (Py_ssize_t i = 0, n = PySequence_Fast_GET_SIZE(o); i < n; ++i) {

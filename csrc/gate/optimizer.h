@@ -16,9 +16,8 @@ namespace nnfast {
 
 extern Path reordered_gradient;
 
-// Tensors without references of their own. Taking one, and giving it back, costs a tenth of a microsecond: a tensor
-// that Python knows counts it there too. What they point to is held by the optimizer, and so alive while nobody else
-// runs.
+// Tensors that are borrowed: counting a reference, and giving it back, costs a tenth of a microsecond, for Python's
+// count of a tensor that it knows changes too. The optimizer holds them, so they stay alive while no other thread runs.
 class Borrowed {
  public:
   Borrowed() = default;
@@ -43,9 +42,9 @@ struct Group {
   Borrowed params, grads, state_steps;
   std::array<Borrowed, kLists> state;
   std::array<bool, kLists> wanted{};
-  bool capturable = false, whole = true;  // whole: that the group's options let ours serve any of it
+  bool capturable = false, whole = true;  // whole: whether our kernels cover the group's options
   Borrowed sharded;                       // the parameters that are DTensors: of them, params holds the shards
-  std::deque<Tensor> reordered;           // gradients, in the order of their parameters
+  std::deque<Tensor> reordered;           // copies of gradients, with their parameters' strides
   std::vector<PyObject*> left;            // the parameters that are torch's, borrowed
   int64_t elements = 0;
 
@@ -162,7 +161,7 @@ inline const Tensor* shard(PyObject* o, PyObject* like) {
 
 // ---- the options of a group, optimizer by optimizer ----
 
-// A list of interned names of a dict's entries, made once.
+// The names as interned strings: the keys of a dict are found sooner by them.
 template <size_t N>
 std::array<PyObject*, N> interned_all(const std::array<const char*, N>& names) {
   std::array<PyObject*, N> keys;
@@ -187,8 +186,8 @@ inline bool flags(PyObject* group, std::initializer_list<std::pair<PyObject*, bo
     return key;                                  \
   }()
 
-// lr, a number or a tensor of one, and what all optimizers share. torch refuses a tensor lr with foreach=True, and says
-// so.
+// lr, a number or a tensor of one, and what all optimizers share. A tensor lr with foreach=True is left to torch, whose
+// error says why it is refused.
 template <class Call>
 bool read_shared(PyObject* group, Group<Call>& out) {
   bool differentiable, foreach;
@@ -254,7 +253,7 @@ inline Op gate_of(const AdamWCall&) { return kAdamW; }
 inline Op gate_of(const SgdCall&) { return kSgd; }
 inline Op gate_of(const RMSpropCall&) { return kRMSprop; }
 
-// What of a call only the CPU kernels know.
+// Whether the CUDA kernels cover it: only the CPU kernels know masters and stochastic rounding.
 inline bool covers_on_gpu(const AdamWCall& a, bool master) { return !master && !a.rounding_seed; }
 template <class Call>
 bool covers_on_gpu(const Call&, bool) {
@@ -269,14 +268,14 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
   constexpr size_t kLists = Group<Call>::kLists;
   constexpr bool kSteps = !std::is_same_v<Call, SgdCall>;
   const bool plain = is_plain(p);
-  // The update goes element by element: where parameter, gradient and moments are cut alike, shard by shard.
+  // The update is elementwise: where parameter, gradient and state are cut alike, each shard is updated by itself.
   const Tensor &whole = THPVariable_Unpack(p), &whole_grad = whole.grad();
   const Tensor *param = &whole, *grad = &whole_grad;
   if (!plain) {
     THPObjectPtr g(THPVariable_Wrap(whole_grad));
     if (!is_whole(p) || !(param = shard(p, p)) || !(grad = shard(g, p))) return false;
   }
-  // Its entries in the order in which torch's optimizer makes them, and so those of the dict.
+  // The keys, in the order in which torch's optimizer makes the entries: look_up() is fastest in the dict's own.
   std::array<bool, kLists> wanted = out.wanted;
   const bool master = exact && Call::kMaster < kLists && param->scalar_type() == at::kBFloat16;
   if constexpr (Call::kMaster < kLists) wanted[Call::kMaster] = master;
@@ -306,8 +305,8 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
   if (!param->is_cpu() &&
       (!covers_on_gpu(out.call, master) || (out.wanted[0] && state[0]->scalar_type() != param->scalar_type())))
     return false;
-  if (out.capturable && (!step || !step->is_cuda())) return false;  // torch's own error
-  // All on one device, with their steps: there, or all on the CPU; and the numbers of a GradScaler with them.
+  if (out.capturable && (!step || !step->is_cuda())) return false;  // torch raises its own error
+  // All parameters are on one device; their steps are all there, or all on the CPU; a GradScaler's numbers are there.
   const auto there = [&](const OptTensor& t) { return !defined(t) || t->device() == param->device(); };
   if (!out.params.tensors().empty() && (out.params.tensors()[0].device() != param->device() ||
                                         (step && out.state_steps.tensors()[0].device() != step->device())))
@@ -316,7 +315,7 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
       !there(out.call.clip_coef))
     return false;
   if (param->is_cpu() && grad->strides() != param->strides()) {
-    // Made here, before any group has changed. An unscaled gradient would have to be written back.
+    // Copied here, before any group has changed. With grad_scale the gradient would have to be written back as well.
     if (defined(out.call.grad_scale)) return false;
     out.reordered.push_back(at::empty_like(*param));
     out.reordered.back().copy_(grad->detach());

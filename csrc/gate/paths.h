@@ -11,7 +11,7 @@ namespace nnfast {
 // One list for all libraries of ours.
 #pragma GCC visibility push(default)
 
-// All objects of a kind, which are made before main at namespace scope, one after another.
+// All objects of a kind. They are made at namespace scope, one after another as a library loads: no lock is needed.
 template <class T>
 class Listed {
  public:

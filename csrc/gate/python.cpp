@@ -100,8 +100,8 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// On a GPU a Linear's products are torch's in any case; recorded by us, its backward does that of a GELU that it reads,
-// in 16 bits.
+// On a GPU a Linear's products are torch's in any case. What it gains by us is in 16 bits and in the backward, which
+// does that of a GELU before it as well.
 bool gains(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
   if (!input.is_cuda() || held) return true;
   const auto device = input.device().type();
@@ -138,7 +138,7 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// Rows of just one register of floats: torch's loss takes 0.9 of the time of ours. Who asks for ours gets it.
+// For rows of just one register of floats torch's loss takes 0.9 of our time. Who asks for ours explicitly gets it.
 bool torch_counts_sooner(const Tensor& input) {
   return !held && input.scalar_type() == at::kFloat && input.dim() == 2 && input.size(1) == 16 && input.is_cpu() &&
          cpu_kernels()->avx512;
@@ -232,8 +232,8 @@ PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t c
   END_HANDLE_TH_ERRORS
 }
 
-// Elements from which other Python threads may run during a step, some milliseconds. What they could let go of is then
-// held by references.
+// From so many elements on a step takes some milliseconds, and other Python threads may run meanwhile. References then
+// hold the tensors, which those threads could let go of.
 Threshold release_gil("release_gil_elements", int64_t(1) << 24);
 Path gil_released("step.without_gil");
 
@@ -260,7 +260,11 @@ PyObject* py_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     call.grad_scale = optional_tensor(args[2]);
     call.found_inf = optional_tensor(args[3]);
     call.clip_coef = optional_tensor(args[4]);
-    if (args[6] != Py_None) call.rounding_seed = PyLong_AsLongLong(args[6]);
+    int64_t seed;
+    if (args[6] != Py_None) {
+      if (!unpack_int(args[6], seed)) return wrong_arguments("rounding_seed is an int or None");
+      call.rounding_seed = seed;
+    }
     if (!read_group(PyList_GET_ITEM(args[0], i), states, exact, skipped, groups[i])) Py_RETURN_FALSE;
     all = all && groups[i].left.empty();
   }
@@ -364,7 +368,7 @@ PyObject* py_known_answers(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// asking(yes): whether this thread is the one that finds out.
+// asking(yes): says whether this thread runs the comparison that known_answers asks for.
 PyObject* py_asking(PyObject*, PyObject* yes) {
   KnownAnswers::asking() = yes == Py_True;
   Py_RETURN_NONE;
@@ -513,7 +517,7 @@ PyMODINIT_FUNC NNFAST_INIT() {
   using namespace nnfast;
   auto& dispatcher = c10::Dispatcher::singleton();
   for (size_t op = 0; op < kOps.size(); ++op) {
-    // Of a Linear there is a kernel of ours where there is one of its backward.
+    // Of a Linear on a GPU, gelu_linear_backward is all that is ours: where it has a kernel, the Linear is served.
     const auto name = std::string("nnfast::") + (op == kLinear ? "gelu_linear_backward" : kOps[op]);
     const auto handle = dispatcher.findSchemaOrThrow(name.c_str(), "");
     const bool there = handle.hasKernelForDispatchKey(c10::DispatchKey::CUDA);

@@ -22,7 +22,7 @@ struct Sides {
 };
 
 // log2(erfc(a / sqrt 2)), for a float 0 <= a <= 15.5: a times the minimax polynomial of log2(erfc(a / sqrt 2)) / a.
-// Half of 2 to its power is 1 - P(a), to 2.2e-8 absolute. By 14.2 that is 0 in float.
+// 1 - P(a) = 2^(log2_erfc(a) - 1), to 2.2e-8 absolute, which is 0 in float from a = 14.2 on.
 template <class V>
 NNFAST_FN V log2_erfc(V a) {
   V p = a * 5.281241399757164e-08f - 2.0457730443013133e-06f;
@@ -50,7 +50,7 @@ NNFAST_FN Sides<A> sigmoid(A x) {
 
 #ifdef __CUDACC__
 // A float on a GPU, as a SIMD register has it: both sides from the one below a half, two instructions of the
-// special-function unit in all. fminf would take a NaN for the bound.
+// special-function unit in all. The bound is no fminf, which would give the bound for a NaN.
 NNFAST_FN Sides<float> sides(float x, float small) {
   return x < 0 ? Sides<float>{small, 1 - small} : Sides<float>{1 - small, small};
 }

@@ -6,11 +6,11 @@
 namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
-  // One step for all parameters of a group: state_steps advance by one, unless found_inf is not zero, when nothing
-  // changes. max_exp_avg_sqs is empty without amsgrad. master_params, or nothing: of a bfloat16 parameter, the low 16
-  // bits of its float value, int16 (csrc/math/adamw.h). tensor_lr stands for lr. Where grad_scale is given, grads are
-  // divided by it in place; clip_coef multiplies them as they are read. With rounding_seed, 16-bit parameters are
-  // rounded stochastically.
+  // One step for all parameters of a group: state_steps advance by one. Where found_inf is not zero, nothing changes.
+  // max_exp_avg_sqs is empty without amsgrad. master_params is empty, or has of each bfloat16 parameter the low 16 bits
+  // of its float value as int16 (csrc/cpu/optimizer.h). tensor_lr, where given, replaces lr. grads are divided by
+  // grad_scale in place, where that is given; clip_coef multiplies them as they are read. With rounding_seed, bfloat16
+  // params and exp_avg_sqs are rounded stochastically.
   m.def(
       "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
       " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] master_params, Tensor(g!)[] state_steps, *, float lr, float beta1,"

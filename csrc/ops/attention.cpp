@@ -14,8 +14,8 @@
 namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
-  // Heads of keys that divide the heads of queries are each read by a group of those. stats: (2, batch, heads, queries)
-  // in float, the largest score and 1 / the sum of the exponentials (csrc/cpu/kernels.h).
+  // The heads of keys must divide those of queries: a group of query heads then reads each. stats: (2, batch, heads,
+  // queries) in float, the largest score and 1 / the sum of the exponentials (csrc/cpu/kernels.h).
   m.def(
       "scaled_dot_product_attention(Tensor query, Tensor key, Tensor value, Tensor? attn_mask=None,"
       " bool is_causal=False, *, float? scale=None) -> (Tensor output, Tensor stats)");
@@ -43,8 +43,8 @@ std::tuple<Tensor, Tensor, Tensor> scaled_dot_product_attention_backward(
 
 namespace {
 
-// Which calls torch's own fused kernel takes: its output lies as the query does. Its others it composes of ops, whose
-// result is contiguous.
+// Whether torch's own fused kernel takes the call: the output then lies as the query does. Any other call torch makes
+// up of several ops, whose output is contiguous.
 bool torch_fuses(const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask) {
   for (const auto* t : {&query, &key, &value})
     if (t->sym_stride(3) != 1) return false;

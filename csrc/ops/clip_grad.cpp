@@ -11,10 +11,10 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def("total_norm(Tensor[] tensors, float norm_type) -> Tensor");
   // Each is multiplied by the factor.
   m.def("scale_(Tensor(a!)[] tensors, float factor) -> ()");
-  // On a GPU, where nobody waits for the number: their norm, divided by grad_scale and rounded as torch rounds it, and
-  // max_norm / (norm + 1e-6), or 1 where that is more, in float.
+  // On a GPU, so that the CPU need not wait for a number: their norm, divided by grad_scale and rounded as torch rounds
+  // it, and min(1, max_norm / (norm + 1e-6)) in float.
   m.def("clip_coef(Tensor[] tensors, float max_norm, Tensor? grad_scale=None) -> (Tensor, Tensor)");
-  // Each is multiplied by the factor, one float beside them.
+  // Each is multiplied by the factor, one float on their device.
   m.def("scale_by_(Tensor(a!)[] tensors, Tensor factor) -> ()");
 }
 

@@ -27,8 +27,8 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def(
       "cross_entropy_backward_(Tensor grad_out, Tensor(a!) input, Tensor stats, Tensor target, Tensor? weight,"
       " int reduction, int ignore_index, float label_smoothing) -> ()");
-  // The cross-entropy of input linear_weight^T + linear_bias, of which a block of rows exists at a time; and, where
-  // output_mask asks for them, its gradients for a gradient of 1, of a loss that is reduced.
+  // The cross-entropy of input linear_weight^T + linear_bias, of which a block of rows exists at a time. Where
+  // output_mask asks for them, also the gradients of a loss that is reduced, for a grad_out of 1.
   m.def(
       "linear_cross_entropy(Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias=None,"
       " Tensor? weight=None, int reduction=1, int ignore_index=-100, float label_smoothing=0.0, *,"
@@ -131,7 +131,7 @@ bool covers_cross_entropy(
   for (int64_t d = 0; d < dim - 1; ++d)
     if (target.size(d) != input.size(d == 0 ? 0 : d + 1)) return false;
   const int64_t classes = input.size(class_dim(input));
-  // Where the logits of an element lie apart, as in planes of an image, torch reads across them.
+  // Where the logits of an element lie apart, as in planes of an image, torch serves: its kernel reads across them.
   if (dim > 2 && classes != 1 && input.stride(1) != 1) return false;
   return covers_classes(target, weight, classes, ignore_index, label_smoothing, input.scalar_type(), dtype);
 }
@@ -256,7 +256,7 @@ struct CrossEntropy {
 
  private:
   // The logits make room for their gradient where nobody else can see them. If they do not, or memory runs out before
-  // anything was written, the node has what it had.
+  // anything was written, the node gets back what it had saved.
   static bool overwritten(
       OpNode<CrossEntropy>& node, const Tensor& grad_out, const variable_list& saved, int64_t reduction,
       int64_t ignore_index, double label_smoothing) {
@@ -334,7 +334,7 @@ struct LinearCrossEntropy {
           grad_out, saved[0], saved[1], saved[2], saved[3], saved[4], reduction, ignore_index, label_smoothing, mask);
       return {grad_input, grad_weight, grad_bias};
     }
-    // They were taken for a gradient of 1. The last backward may have them as they are, and the gradient be looked at.
+    // They were computed for a grad_out of 1. The last backward may take them as they are, after a look at grad_out.
     const bool have = last && ordinary(grad_out);
     variable_list out;
     for (int i = 5; i < 8; ++i) {
@@ -356,8 +356,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autograd(
     const OptTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
     std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
   const bool differentiable = any_needs_grad(input, linear_weight, linear_bias);
-  // With the logits at hand their gradient is taken at once. Not where that of the loss is needed first: for each row
-  // its own, and in float16 a scale, without which it would vanish.
+  // While the logits are at hand their gradient is computed at once. Not where grad_out is needed first: without a
+  // reduction each row has its own, and in float16 it brings the scale without which the gradient would vanish.
   if (differentiable && reduction != at::Reduction::None && input.scalar_type() != at::kHalf)
     output_mask = {any_needs_grad(input), any_needs_grad(linear_weight), any_needs_grad(linear_bias)};
   const auto forward = [&] {
@@ -377,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autograd(
   return {output, Tensor(), Tensor(), Tensor()};
 }
 
-// With the logits, and so differentiable.
+// Computes the logits once more in ATen, and so is differentiable.
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_autograd(
     const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,

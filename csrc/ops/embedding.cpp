@@ -22,7 +22,7 @@ Tensor embedding(const Tensor& weight, const Tensor& indices, c10::SymInt paddin
   return op.call(weight, indices, std::move(padding_idx), scale_grad_by_freq);
 }
 
-// From these on the memory that was touched before is worth a node of ours.
+// From so many bytes on, memory that was touched before saves more than a node of ours costs.
 Threshold table_bytes("embedding.table_bytes", int64_t(2) << 20);
 
 bool covers_embedding(const Tensor& weight, const Tensor& indices, int64_t padding_idx) {

@@ -14,8 +14,8 @@ namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   // stats: (2, rows), the mean and the reciprocal standard deviation of each row, in float (double for float64 input).
-  // dtype: of the output; float is possible beside a 16-bit input, as autocast wants it. The gradient that comes in
-  // then has that dtype, and the input's own is rounded to the input's once.
+  // dtype: of the output; float is possible beside a 16-bit input, as autocast wants it. grad_out then has that dtype
+  // too, and grad_input is rounded to the input's once.
   m.def(
       "layer_norm(Tensor input, SymInt[] normalized_shape, Tensor? weight, Tensor? bias, float eps, *,"
       " ScalarType? dtype=None)"

@@ -176,7 +176,7 @@ Tensor linear_autocast_cuda(const Tensor& input, const Tensor& weight, const Opt
   return nnfast::linear(cast(input), cast(weight), cast(bias));
 }
 
-// Float where that is the gradient that is asked of a node along this edge, and `grad` has 16 bits; else none.
+// Float where the node that this edge leads to takes a gradient in float: a cast from 16 bits is then saved. Else none.
 std::optional<at::ScalarType> wider_asked(const LinearNode* node, size_t edge, const Tensor& grad) {
   if (!node || !node->next_edge(edge).is_valid() || grad.scalar_type() == at::kDouble || !grad.is_cpu())
     return std::nullopt;
@@ -193,7 +193,7 @@ bool will_run(torch::autograd::Node& node) {
   return found != tasks->end() && found->second.needed_;
 }
 
-// The GELU that the Linear reads, where there is a kernel that ends the product for its gradient with the GELU's own.
+// The GELU whose output the Linear reads, where one kernel makes both grad_input and what the GELU's backward gives.
 GeluNode* gelu_before(LinearNode& linear, const Tensor& grad) {
   if (!linear.works_ahead || !has_gelu_linear_backward(grad)) return nullptr;
   auto* const gelu = dynamic_cast<GeluNode*>(linear.next_edge(0).function.get());

@@ -1,11 +1,11 @@
 // How a Linear is recorded for the backward, and what it and a GELU beside it work out for each other ahead.
 //
-// A GELU's node that a Linear comes before has every row of the gradient at hand when it makes it. It sums them on the
-// way, which is the bias's gradient, and leaves the sums at the Linear's node, which uses them if that same, unchanged
+// The node of a GELU that reads a Linear has every row of grad_input at hand as it makes it. It sums them on the way,
+// which gives the Linear's grad_bias, and leaves the sums at the Linear's node, which uses them if that same, unchanged
 // gradient arrives. Where it does not, the sums cost time and change no digit.
 //
-// A Linear that reads a GELU has, on a GPU, each tile of the GELU's gradient at hand as its product ends, and works out
-// there what the GELU's backward will be asked for; and leaves it at the GELU's node in the same way.
+// A Linear that reads a GELU has, on a GPU, each tile of its grad_input at hand as the product ends. It works out there
+// what the GELU's backward will be asked for, and leaves it at the GELU's node in the same way.
 #pragma once
 
 #include <mutex>
@@ -58,8 +58,8 @@ class Ahead {
   std::optional<Left> left_;
 };
 
-// Whether what `from` leaves at `to`, to which its gradient of input 0 goes, is seen by nobody else on the way, and
-// used where it was made.
+// Whether nobody sees the gradient of input 0 on its way from `from` to `to`, and both run on one stream, so that `to`
+// may use what `from` leaves there.
 inline bool hands_on(torch::autograd::Node& from, torch::autograd::Node& to) {
   return from.post_hooks().empty() && from.input_metadata(0).stream() == to.input_metadata(0).stream();
 }

@@ -70,8 +70,8 @@ std::pair<int64_t, int64_t> check_layer_norm(
     std::optional<at::ScalarType> dtype, bool kernels = true);
 // float, where that is the output's dtype, or its gradient's, beside an input of 16 bits.
 std::optional<at::ScalarType> float_beside(const Tensor& input, const Tensor& output);
-// What a backward reads beside its inputs comes from anyone who calls the op: torch's kind of error where it does not
-// fit them.
+// Anyone may call the backward op, so grad_out and stats are checked: an error of torch's kind where they do not fit
+// the input.
 void check_layer_norm_backward(
     const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats);
 bool covers_gelu(const Tensor& input, c10::string_view approximate);
@@ -98,7 +98,7 @@ std::optional<double> total_weight(
 bool covers_embedding(const Tensor& weight, const Tensor& indices, int64_t padding_idx);
 bool covers_attention(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal);
-// Whether the user forbids torch no kernel that would have taken this call.
+// Whether the user has left on the kernels by which torch would have served this call.
 bool allowed_attention(const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask);
 // The strides of the output, where it is not contiguous: torch's fused kernel gives it the query's.
 std::optional<std::vector<int64_t>> attention_strides(
@@ -124,7 +124,7 @@ std::tuple<Tensor, Tensor> gelu_backward_sum(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate);
 std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward(
     const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate);
-// Whether there is a kernel for it where t is.
+// Whether gelu_linear_backward has a kernel for the device of t.
 bool has_gelu_linear_backward(const Tensor& t);
 std::tuple<Tensor, Tensor> linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate,

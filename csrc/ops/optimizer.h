@@ -1,5 +1,5 @@
-// What the ops of the optimizers share. Each has a struct of its arguments, in the order of its schema; what else is
-// written of an op reads that struct, and `Flat` and its call operator alone know the list.
+// What the ops of the optimizers share. Each has a struct of its arguments, in the order of its schema. All other code
+// reads that struct: only `Flat` and the struct's call operator know the flat list.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -61,7 +61,7 @@ struct SgdCall {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize;
   OptTensor tensor_lr, grad_scale, found_inf;
-  // What the other optimizers have.
+  // Not in the schema: the code for all optimizers reads them.
   List state_steps{};
   OptTensor clip_coef{};
   std::optional<int64_t> rounding_seed{};
@@ -89,7 +89,7 @@ struct RMSpropCall {
   double lr, alpha, eps, weight_decay, momentum;
   bool centered, maximize;
   OptTensor tensor_lr;
-  // What the other optimizers have.
+  // Not in the schema: the code for all optimizers reads them.
   OptTensor grad_scale{}, found_inf{}, clip_coef{};
   std::optional<int64_t> rounding_seed{};
 
@@ -103,8 +103,8 @@ struct RMSpropCall {
 };
 
 // Whether the kernels take one parameter with its gradient and state. `state` holds null, or an undefined tensor, where
-// there is none; the master is beside it. `step` may be null. mixed_dtypes: for a kernel to which the gradient and the
-// state may come in another 16-bit type or float than the parameter.
+// there is none; the master is beside it. `step` may be null. mixed_dtypes: for a kernel that takes the gradient and
+// the state in a 16-bit type or float other than the parameter's.
 bool covers_step(
     const Tensor& param, const Tensor& grad, at::ArrayRef<const Tensor*> state, const Tensor* master,
     const Tensor* step, bool mixed_dtypes = false);

@@ -6,9 +6,9 @@
 namespace nnfast {
 
 TORCH_LIBRARY_FRAGMENT(nnfast, m) {
-  // One step for all parameters of a group, unless found_inf is not zero, when nothing changes. momentum_buffers is
-  // empty without momentum; before the first step it is torch's that makes them. tensor_lr stands for lr. Where
-  // grad_scale is given, grads are divided by it in place.
+  // One step for all parameters of a group. Where found_inf is not zero, nothing changes. momentum_buffers is empty
+  // without momentum; with it, torch takes the first step, which makes them. tensor_lr, where given, replaces lr. grads
+  // are divided by grad_scale in place, where that is given.
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, *, float lr, float momentum,"
       " float dampening, float weight_decay, bool nesterov=False, bool maximize=False, Tensor? tensor_lr=None,"

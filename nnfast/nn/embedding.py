@@ -5,7 +5,7 @@ from nnfast import functional as F
 
 
 class Embedding(torch.nn.Embedding):
-    """``torch.nn.Embedding`` whose gradient lies in our memory: the same arguments, parameters and ``state_dict``.
+    """``torch.nn.Embedding`` whose gradient reuses memory: the same arguments, parameters and ``state_dict``.
 
     Shape:
         Input ``(*)``, output ``(*, embedding_dim)``. See ``nnfast.nn.functional.embedding``.

@@ -2,10 +2,6 @@ import torch
 from torch import Tensor
 
 from nnfast import functional as F
-from nnfast.nn.linear import Linear
-
-#: What is fused with a GELU that follows: exactly these.
-LINEARS = (torch.nn.Linear, Linear)
 
 
 class GELU(torch.nn.GELU):
@@ -19,7 +15,7 @@ class LinearGELU(torch.nn.Module):
     """``gelu(input @ weight.T + bias)`` as one op.
 
     Initialised as a ``torch.nn.Linear`` is (the same seed gives the same weights), with its ``state_dict`` keys
-    ``weight`` and ``bias``. It is none: what converts the Linears of a model would drop the GELU.
+    ``weight`` and ``bias``. It is no subclass of Linear, for what converts a model's Linears would drop the GELU.
 
     Args:
         in_features, out_features, bias, device, dtype: Linear's.

@@ -1,7 +1,7 @@
-"""Multi-head attention: torch's own code, which finds our linear and our attention where it looks for torch's.
+"""Multi-head attention: torch's own code, which calls our ``linear`` and our attention in place of torch's.
 
-What it does with masks, weights and batches is long, and differs from torch to torch; none of it is written again here.
-A compiler that traces it would look the names up in torch's modules: it is handed torch's.
+That code is long and differs from torch to torch, so it is not written again here: its functions are copied and given
+other globals. A compiler would look the globals up in torch's modules, so it is handed torch's own method.
 """
 
 import types
@@ -17,7 +17,7 @@ from nnfast._torch import in_projection, in_projection_packed
 
 
 def _copy(function: Callable, name: str, names: dict) -> Callable:
-    """The same code under another name, which finds what it looks for in ``names``."""
+    """A copy of ``function`` that is called ``name`` and has ``names`` for its globals."""
     copy = types.FunctionType(function.__code__, names, name, function.__defaults__, function.__closure__)
     copy.__dict__.update(function.__dict__)
     for each in ("__kwdefaults__", "__annotations__", "__doc__", "__module__"):
@@ -26,7 +26,7 @@ def _copy(function: Callable, name: str, names: dict) -> Callable:
 
 
 def _finding(function: Callable, **names) -> Callable:
-    """The same code, for which these names of its module mean something else."""
+    """A copy of ``function`` in which these of its globals are replaced."""
     return _copy(function, function.__name__, {**function.__globals__, **names})
 
 
@@ -40,7 +40,7 @@ multi_head_attention_forward = _finding(
 
 
 class _Functional:
-    """torch.nn.functional, but for one function."""
+    """torch.nn.functional, with one function replaced."""
 
     multi_head_attention_forward = staticmethod(multi_head_attention_forward)
 
@@ -51,11 +51,11 @@ class _Functional:
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` with our products and attention.
 
-    The same arguments, parameters and ``state_dict``. In inference torch's own fast path serves as it did; under
+    The same arguments, shapes, parameters and ``state_dict``. In inference torch's fast path serves as it did; under
     ``torch.compile`` and in scripts all of it is torch's.
     """
 
-    # A script has no two methods of one name.
+    # Named anew, for a script may not have two methods of one name.
     _torchs = _copy(torch.nn.MultiheadAttention.forward, "_torchs", torch.nn.MultiheadAttention.forward.__globals__)
     _ours = _finding(torch.nn.MultiheadAttention.forward, F=_Functional())
 
@@ -70,7 +70,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As torch's: its docstring says what each is."""
+        """As torch's, whose docstring explains the arguments."""
         masks = key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         if torch.jit.is_scripting() or is_dynamo_compiling():
             return self._torchs(query, key, value, *masks)

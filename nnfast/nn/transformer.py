@@ -12,12 +12,12 @@ from nnfast.nn.multihead_attention import MultiheadAttention
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """``torch.nn.TransformerEncoderLayer`` whose attention, norms and feed-forward use our ops.
 
-    The same arguments, children and ``state_dict``.
+    The same arguments, shapes, children and ``state_dict``.
     """
 
     @functools.wraps(torch.nn.TransformerEncoderLayer.__init__)
     def __init__(self, *args, **kwargs) -> None:
-        # torch tells a GELU by `activation is F.gelu`, for its own inference path: it gets the one it knows.
+        # torch's fast path of inference knows a GELU by `activation is F.gelu`, so it is given torch's function.
         args = [torch.nn.functional.gelu if a is F.gelu else a for a in args]
         kwargs = {k: torch.nn.functional.gelu if v is F.gelu else v for k, v in kwargs.items()}
         super().__init__(*args, **kwargs)

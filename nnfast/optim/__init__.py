@@ -12,7 +12,7 @@ from nnfast.optim.swap import swap as swap
 
 _alias.install()
 
-# Modules to import from, as torch's are.
+# As in torch.optim: one can import from these modules, but they are no attributes of the package.
 del adam, adamw, rmsprop, sgd  # type: ignore[name-defined] # noqa: F821
 
 

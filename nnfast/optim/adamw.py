@@ -39,7 +39,7 @@ class AdamStep(NativeStep):
         self.stochastic_rounding = bool(stochastic_rounding)
         self._seed = torch.initial_seed() & (2**63 - 1)
 
-    # torch's own state and groups hold none of what is ours: a checkpoint is one that torch's class loads.
+    # These are attributes, not in the groups or the state, so torch's class can load a checkpoint of ours.
     def __getstate__(self) -> dict:
         names = "max_grad_norm", "master_weights", "stochastic_rounding", "grad_norm", "_seed"
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names if name in self.__dict__}}
@@ -47,7 +47,7 @@ class AdamStep(NativeStep):
     def load_state_dict(self, state_dict) -> None:
         if not self.master_weights:
             return super().load_state_dict(state_dict)
-        # torch casts what it loads to the parameter's dtype. The last of the hooks sees what is loaded.
+        # torch casts what it loads to the parameter's dtype; this hook, the last one, sees it before that.
         loaded = []
         handle = self.register_load_state_dict_pre_hook(lambda _, state: loaded.append(state))
         try:
@@ -88,7 +88,7 @@ class AdamStep(NativeStep):
         return list(lists), options
 
     def _clip_coef(self) -> Tensor | None:
-        """What the gradients are multiplied by, or None where by nothing; ``grad_norm`` is set."""
+        """What the gradients are to be multiplied by, or None for nothing; sets ``grad_norm``."""
         grads = [grad for group in self.param_groups for p in group["params"] if (grad := p.grad) is not None]
         if any(g.is_sparse for g in grads):
             return None  # the step raises
@@ -108,7 +108,7 @@ class AdamStep(NativeStep):
         return None if coef == 1 else coef
 
     def _step_in_float(self, lists, options) -> None:
-        """The step of parameters of which some are bfloat16 and rounded with care, in float32."""
+        """torch's step in float32, where some parameters are bfloat16 with a master or stochastic rounding."""
         params, grads, *moments, steps = lists
         lower = [p.dtype is torch.bfloat16 for p in params]
         lows = [self.state[p].get("master_param") if self.master_weights else None for p in params]
@@ -153,7 +153,7 @@ def _split(value: Tensor, p: Tensor, low: Tensor | None, chance: torch.Generator
 
 
 def _with_ours(theirs: type):
-    """torch's signature with what is ours behind it."""
+    """torch's signature, followed by the arguments that only ours have."""
     ours = inspect.signature(AdamStep.__init__).parameters.values()
     signature = inspect.signature(theirs)
     keywords = [p for p in ours if p.kind is p.KEYWORD_ONLY]
@@ -174,8 +174,8 @@ class AdamW(AdamStep, torch.optim.AdamW):
     the arithmetic is in float32, or float64 for float64. Of a DTensor (FSDP2) the local shard is stepped. On a GPU, a
     step of ``capturable`` or ``fused`` parameters, a tensor ``lr`` and a GradScaler's numbers are read there and the
     host waits for nothing. What the kernels do not cover (complex, sparse, differentiable, float64 on a GPU, a device
-    without kernels, a parameter whose memory has gaps, ...) goes through torch's own code, parameter by parameter; and
-    with ``fused=True`` on a CPU through its loop, where its fused kernel is wrong: for parameters with gaps, and
+    without kernels, a parameter whose memory has gaps, ...) goes through torch's own code, parameter by parameter. With
+    ``fused=True`` on a CPU, that is torch's loop where its fused kernel is wrong: for parameters with gaps, and for
     gradients of other strides.
 
     Args beyond torch's, keyword only:
@@ -183,8 +183,8 @@ class AdamW(AdamStep, torch.optim.AdamW):
             multiplied as they are read, and ``p.grad`` stays as it is. ``optimizer.grad_norm`` is the norm before
             clipping, over all groups, and over all ranks of DTensors.
         master_weights (bool): a bfloat16 parameter keeps the low 16 bits of its float32 value in the state, as
-            ``master_param`` (int16), and float32 moments: it then trains as the float32 parameter does, whose rounding
-            the parameter is. Default: ``False``
+            ``master_param`` (int16), and float32 moments: it then trains as a float32 parameter does, and is that one
+            rounded. Default: ``False``
         stochastic_rounding (bool): a bfloat16 parameter, and ``exp_avg_sq``, is rounded up or down by chance, so that
             small updates count on average. Repeatable under ``torch.manual_seed``. Default: ``False``
     """

@@ -10,10 +10,10 @@ from nnfast.compiled import step_is_ours
 
 
 class NativeStep:
-    """Goes before torch's class in the bases of ours. That has:
+    """The base of our optimizers, before torch's class. Each of them has:
 
-    ``_op``, the native call's name; ``_torch``, torch's function of the same; and ``_call(group)``, which gives that
-    function's lists and options, making missing state and raising what torch raises.
+    ``_op``, the native call's name; ``_torch``, torch's function for the same step; and ``_call(group)``, which gives
+    that function's lists and options, making missing state and raising what torch raises.
     """
 
     _op: str
@@ -52,8 +52,8 @@ class NativeStep:
     _step_outside_graphs = outside_graphs(_step)
 
     def _native_step(self, coef: Tensor | None, skipped: set[Tensor] | None = None) -> bool | list[list[Tensor]]:
-        """True where all but the skipped ones are done. Else nothing is: False where nothing is ours (a shut gate), or
-        the parameters that are torch's (state is missing, ...), group by group."""
+        """True where all parameters but the skipped ones were stepped. Else none was: False where nothing is ours (a
+        shut gate), or the parameters that torch must step (state is missing, ...), group by group."""
         scale, inf = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
         seed = self._seed if self.stochastic_rounding else None
         if backend.native is None:
@@ -109,8 +109,8 @@ class NativeStep:
         return calls, left
 
     def _torch_step(self, group: dict, lists: list[list], options: dict, coef: Tensor | None) -> None:
-        """torch's own code, its fused kernel excepted where that is wrong: it takes every tensor's memory for dense and
-        in one order."""
+        """torch's own step, but not its fused kernel where that is wrong, for it takes all tensors for dense and for
+        laid out alike."""
         params, grads = lists[:2]
         on_cpu = all(p.device.type == "cpu" for p in params)
         kept = self.master_weights or self.stochastic_rounding

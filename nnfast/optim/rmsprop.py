@@ -19,7 +19,7 @@ class RMSprop(NativeStep, torch.optim.RMSprop):
         u = g / (sqrt(v) + eps);  b = momentum b + u, and b in place of u below, with momentum
         p = p - lr u
 
-    Dtypes and what is torch's as for ``nnfast.optim.AdamW``. On a GPU torch's code serves.
+    Dtypes and what is torch's as for ``nnfast.optim.AdamW``; on a GPU without the CUDA kernels torch's code serves.
     """
 
     _op = "rmsprop_"

@@ -19,7 +19,7 @@ class SGD(NativeStep, torch.optim.SGD):
 
     With ``dampening``, the first step is torch's, which makes the buffers. Dtypes and what is torch's as for
     ``nnfast.optim.AdamW``; torch's own fused kernel is wrong on a CPU in bfloat16 and float16 from 16 elements
-    on, and is not used for them. On a GPU torch's code serves.
+    on, and is not used for them. On a GPU without the CUDA kernels torch's code serves.
     """
 
     _op = "sgd_"

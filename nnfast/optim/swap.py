@@ -42,7 +42,7 @@ def swap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def _count_calls(optimizer: torch.optim.Optimizer) -> None:
-    """As torch's schedulers do."""
+    """Wrap ``step`` as torch's schedulers do, which see by it that the step was called."""
     step = type(optimizer).step
 
     @functools.wraps(step)

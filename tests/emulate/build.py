@@ -36,7 +36,7 @@ def commands(kind: str, source: Path, out: Path) -> dict[Path, list[str]]:
             continue
         flags = [*SANITIZE[kind], "-O1", "-fno-omit-frame-pointer", "-Wno-unknown-pragmas", "-Wno-attributes"]
         found[out / kind / f"{path.stem}.o"] = [*common, *flags, "-include", "gpu.h", "-x", "c++", str(path)]
-    # ThreadSanitizer shall see the kernels, and of the fibers what it is told.
+    # ThreadSanitizer instruments the kernels; of the fibers it knows what gpu.cpp tells it.
     flags = ["-DEMULATE_TSAN"] if kind == "tsan" else SANITIZE[kind]
     found[out / kind / "gpu.o"] = [*common, *flags, "-O2", str(HERE / "gpu.cpp")]
     return found
@@ -59,7 +59,7 @@ def compile_and_link(kind: str, todo: dict[Path, list[str]], objects: list[Path]
 
 
 def build(kind: str) -> Path:
-    """The library, of which what is up to date is left alone."""
+    """The library; objects that are up to date are not compiled again."""
     source, out = ROOT / "csrc", ROOT / "build/emulate"
     (out / kind).mkdir(parents=True, exist_ok=True)
     library = out / f"{kind}.so"

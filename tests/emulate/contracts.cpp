@@ -1,5 +1,5 @@
-// What the host code asks of the ops' contracts: which calls are covered. The extension keeps its own to itself. The
-// ops are not registered a second time.
+// The ops' contracts, which the host code asks which calls are covered; the extension does not export its own. The ops
+// are not registered a second time.
 #include <torch/library.h>
 
 #undef TORCH_LIBRARY_FRAGMENT

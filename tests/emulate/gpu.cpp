@@ -1,9 +1,8 @@
 // Fibers, where they meet, and the few functions of the CUDA runtime that csrc/cuda calls.
 //
-// Threads of a block run in random order, each until it must wait. What they share only by luck of that order, a wrong
-// value shows, or ThreadSanitizer: it is told of the fibers and of every meeting, and of nothing else that orders them.
-// Under AddressSanitizer, memory that a block has shared and never written holds a NaN's bytes, and what it did not ask
-// for is out of bounds.
+// Threads of a block run in random order, each until it must wait. A missing barrier shows by a wrong value, or to
+// ThreadSanitizer, which is told of the fibers and of every meeting, and of nothing else that orders them. Shared
+// memory starts as a NaN's bytes; under AddressSanitizer, what a block did not ask for is out of bounds.
 //
 // `__shared__` is thread_local here, so the blocks of a cluster, which are there together, have a thread of the system
 // each. One of these runs at a time, and they wait for each other unseen by ThreadSanitizer.
@@ -44,8 +43,8 @@ alignas(16) thread_local char dynamic_shared_memory[kDynamic];
 #if !defined(__x86_64__)
 #error "fibers switch in x86-64's own words here"
 #endif
-// Puts the registers that a call keeps on this stack, where it stands into *from, and goes on where `to` stands.
-// ucontext would ask the kernel for the signals at each switch.
+// Pushes the registers that a call must keep, writes the top of this stack to *from, and goes on with the stack `to`.
+// ucontext would ask the system for the signal mask at each switch.
 extern "C" void emulate_switch(void** from, void* to);
 asm(R"(
 .text
@@ -398,7 +397,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
   if (cluster > kMostBlocks || grid.x % cluster || (cluster > 1 && !clusters_launch))
     return cudaErrorInvalidClusterSize;
   if ((cluster > 1 || overlaps) && ptx_version < 90) die("what a Hopper GPU can, in code for an older one");
-  // Up to 48 KB need no asking, of which a kernel may declare some itself.
+  // CUDA gives 48 KB unasked; 16 of them are left for what a kernel declares itself.
   if (config.dynamicSmemBytes > std::max<size_t>(32 << 10, allowed[kernel])) return cudaErrorInvalidValue;
   if (config.dynamicSmemBytes > nnfast::cuda::kDynamic) return cudaErrorInvalidValue;
   count = static_cast<int>(block.x);

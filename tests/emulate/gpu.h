@@ -1,4 +1,4 @@
-// What a .cu file of csrc/cuda finds in the place of nvcc: its language and the runtime, on a CPU. Included before
+// CUDA's language and runtime for a .cu file of csrc/cuda that is compiled for a CPU, not by nvcc. Included before
 // anything else. Each CUDA thread is a fiber; __syncthreads and the warp's shuffles are where fibers meet.
 //
 // The types bf16 and f16 and their conversions are NVIDIA's own, from the toolkit's headers.
@@ -27,9 +27,9 @@ namespace emulate {
 // Runs body(), a call of `kernel`, in every thread of every block. Returns when all are done.
 cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 
-// Until every thread of the block that has not ended is here.
+// Waits until every thread of the block that has not ended is here.
 void sync_block(const char* file, int line);
-// Until every lane of the warp that `mask` names is here: the value that lane `from` brought.
+// Waits until every lane of the warp that `mask` names is here; gives the value that lane `from` brought.
 uint32_t shuffle(unsigned mask, uint32_t value, int from, const char* file, int line);
 int lane();
 
@@ -46,7 +46,7 @@ struct Copy {
   bool operator==(const Copy&) const = default;
 };
 std::deque<Copy>& copies();     // the running thread's
-void wait_for_kernel_before();  // and it has
+void wait_for_kernel_before();  // marks that this thread did
 
 template <class T>
 T shuffle_xor(unsigned mask, T value, int offset, const char* file, int line) {
@@ -103,7 +103,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Params...), cudaFuncAttribute na
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(n) __attribute__((aligned(n)))
-// One thread of the system runs all of them, so this is one for the blocks, which come in turn; and `extern` fits.
+// One thread of the system runs a block, so this is shared by a block's threads; and it goes together with `extern`.
 #define __shared__ thread_local
 
 #define __syncthreads() emulate::sync_block(__FILE__, __LINE__)

@@ -8,7 +8,7 @@
 #include "runtime.h"
 
 namespace emulate {
-// Where counts and rates that are one number each are taken to be: the next tensor that is asked says so.
+// Whether the host code below takes its tensors of one number (counts, rates) for the GPU's: all are this CPU's.
 bool scalars_on_device = false;
 inline c10::Device host() { return c10::Device(scalars_on_device ? c10::kMeta : c10::kCPU); }
 inline c10::Device gpu() { return c10::Device(scalars_on_device ? c10::kCPU : c10::kMeta); }

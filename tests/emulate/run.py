@@ -14,7 +14,7 @@ RUNTIMES = {"plain": [], "asan": ["libasan.so", "libstdc++.so"], "tsan": ["libts
 
 
 def environment(kind: str, library: Path) -> dict[str, str]:
-    """What a process needs that shall load the library: the sanitizer's runtime comes before all others."""
+    """The environment of a process that loads the library: the sanitizer's runtime comes before all others."""
     compiler = os.environ.get("CXX", "c++")
     preload = [
         subprocess.run(

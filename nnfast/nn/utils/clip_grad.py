@@ -16,7 +16,7 @@ def __getattr__(name: str):
 
 
 def total_norm(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
-    """The norm as torch's ``get_total_norm`` gives it, and the same before it was rounded, where ours served."""
+    """The norm that torch's ``get_total_norm`` gives, and the same before rounding where ours served."""
     norms = _ours(tensors, norm_type)
     if norms is None:
         if tensors:
@@ -39,8 +39,8 @@ def _gradients(parameters: list[Tensor]) -> list[Tensor]:
 def clip_coef(
     tensors: list[Tensor], max_norm: float, grad_scale: Tensor | None = None, scales: bool = False
 ) -> tuple[Tensor, Tensor] | None:
-    """On a GPU, in one launch and without waiting: their norm, divided by ``grad_scale``, and what they are to be
-    multiplied by; and with ``scales``, in another launch, they are. None where it is torch's."""
+    """On a GPU, by one launch that the host does not wait for: the tensors' norm, divided by ``grad_scale``, and the
+    factor that clips it; with ``scales``, another launch multiplies them by it. None where the call is torch's."""
     if backend.native is None or not tensors or tensors[0].device.type == "cpu" or is_compiling():
         return None
     return backend.native.clip_coef(tensors, max_norm, grad_scale, scales)
@@ -65,10 +65,10 @@ def get_total_norm(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=Non
 
 
 def _scale(grads: list[Tensor], max_norm: float, norm: Tensor) -> bool:
-    """Whether ours did it."""
+    """Clip; False where that is left to torch."""
     if backend.native is None or is_compiling() or norm.device.type != "cpu" or not isinstance(max_norm, (int, float)):
         return False
-    # torch's own arithmetic, to the NaN that stays and the limit of 1.
+    # torch's own arithmetic: a NaN stays, and the limit is 1.
     coef = torch.clamp(max_norm / (norm + 1e-6), max=1.0).item()
     return coef == 1 or backend.native.scale_(grads, coef)
 
@@ -96,7 +96,7 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
             if is_generator and not parameters:
                 return _torch.clip_grad_norm_((p for p in ()), max_norm, norm_type, error_if_nonfinite, foreach)
         grads = _gradients(parameters)
-        # An error comes before anything is changed, so a norm that may raise is waited for.
+        # With error_if_nonfinite the norm may raise, which must come before any change: below, the host waits for it.
         if norm_type == 2 and isinstance(max_norm, (int, float)) and not error_if_nonfinite:
             found = clip_coef(grads, float(max_norm), scales=True)
             if found is not None:

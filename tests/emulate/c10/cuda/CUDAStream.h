@@ -24,7 +24,7 @@ struct CUDAStream {
 CUDAStream getCurrentCUDAStream(c10::DeviceIndex = -1);
 
 CUDAStream getStreamFromPool(bool, c10::DeviceIndex);
-// The current one, meanwhile.
+// Makes its stream the current one while it lives.
 struct CUDAStreamGuard {
   explicit CUDAStreamGuard(CUDAStream);
   ~CUDAStreamGuard();
