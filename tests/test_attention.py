@@ -113,6 +113,25 @@ def test_masks(shape, dtype):
 
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_masks_that_hide_whole_blocks_or_none(dtype):
+    """S1: the causal order as a mask, padding, and one key that one query of a block does not see."""
+    q, k, v, g = (randn(2, 3, 200, 24, dtype=dtype) for _ in range(4))
+    causal, all_but_one = torch.ones(200, 200, dtype=torch.bool).tril(), torch.ones(200, 200, dtype=torch.bool)
+    all_but_one[70, 150] = False
+    padding = (torch.arange(200) < torch.tensor([[200], [131]])).view(2, 1, 1, 200)
+    for name, mask in {
+        "causal": causal,
+        "padding": padding,
+        "both": causal & padding,
+        "all but one": all_but_one,
+        "all but one, its columns apart": all_but_one.repeat_interleave(2, 1)[:, ::2],
+        "all": torch.ones(1, 1, dtype=torch.bool),
+    }.items():
+        compare([t.requires_grad_() for t in (q, k, v)], g, name, attn_mask=mask)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(dtype):
     """S1: heads within rows as models have them, gaps, odd offsets, strides of zero."""
     q, k, v, g = (randn(2, 3, 70, 20, dtype=dtype) for _ in range(4))

@@ -123,7 +123,7 @@ def test_all_ignored():
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_infinite_weight_of_a_class_that_no_row_has(dtype):
     """C1: without smoothing no other class's weight counts, not even times zero."""
     x, target = torch.randn(6, 9).to(dtype).requires_grad_(), torch.tensor([0, 2, 3, 4, 8, 0])

@@ -71,7 +71,12 @@ NNFAST_INLINE f32v before(f32v v, int64_t count, float value) {
 // The mask's part for this block, transposed as the scores are: what is added to a score, minus infinity where a
 // boolean mask says no. `rows` is room for as much again.
 NNFAST_INLINE void mask_row(const bool* mask, int64_t stride, int64_t n, float* row) {
-  for (int64_t j = 0; j < n; ++j) row[j] = mask[j * stride] ? 0.0f : -INFINITY;
+  bool gathered[kBlock];
+  if (stride != 1) {
+    for (int64_t j = 0; j < n; ++j) gathered[j] = mask[j * stride];
+    mask = gathered;
+  }
+  for (int64_t j = 0; j < n; ++j) row[j] = mask[j] ? 0.0f : -INFINITY;  // which the compiler takes by registers
 }
 template <class M>
 NNFAST_INLINE void mask_row(const M* mask, int64_t stride, int64_t n, float* row) {
@@ -83,39 +88,49 @@ NNFAST_INLINE void mask_row(const M* mask, int64_t stride, int64_t n, float* row
   sweep<float, f32v>(
       n, [&](int64_t j, auto part) NNFAST_LAMBDA { store(row + j, load(mask + j, part), Full<f32v>{}); });
 }
+// Returns whether there is anything to add: a block whose keys all its queries see, as most of a causal mask's and of
+// one for padding, is left as it is.
 template <class M>
-NNFAST_INLINE void read_mask(const Attention& f, const M* mask, const Range& range, float* bias, float* rows) {
+NNFAST_INLINE bool read_mask(const Attention& f, const M* mask, const Range& range, float* bias, float* rows) {
   const int64_t down = f.mask_strides[2], along = f.mask_strides[3];
   const M* p = mask + range.q0 * down + range.k0 * along;
+  if constexpr (std::is_same_v<M, bool>)
+    if (along == 1) {
+      bool all = true;
+      for (int64_t i = 0; all && i < (down ? range.queries : 1); ++i) all = !std::memchr(p + i * down, 0, range.keys);
+      if (all) return false;
+    }
   if (down == 0) {
     mask_row(p, along, range.keys, rows);
     for (int64_t j = 0; j < range.keys; ++j)
       for (int64_t n = 0; n < range.columns(); n += kLanes) store(bias + j * kBlock + n, f32v(rows[j]), Full<f32v>{});
-    return;
+    return true;
   }
   for (int64_t i = 0; i < range.queries; ++i) mask_row(p + i * down, along, range.keys, rows + i * kBlock);
   turn({rows, kBlock}, range.queries, range.keys, bias);
+  return true;
 }
-NNFAST_INLINE void read_mask(const Attention& f, int64_t b, int64_t h, const Range& range, float* bias, float* rows) {
+NNFAST_INLINE bool read_mask(const Attention& f, int64_t b, int64_t h, const Range& range, float* bias, float* rows) {
   const int64_t offset = b * f.mask_strides[0] + h * f.mask_strides[1];
   switch (f.mask_type) {
-    case Attention::Mask::none: return;
+    case Attention::Mask::none: return false;
     case Attention::Mask::boolean: return read_mask(f, (const bool*)f.mask + offset, range, bias, rows);
     case Attention::Mask::f32: return read_mask(f, (const float*)f.mask + offset, range, bias, rows);
     case Attention::Mask::bf16: return read_mask(f, (const bf16*)f.mask + offset, range, bias, rows);
     case Attention::Mask::f16: return read_mask(f, (const f16*)f.mask + offset, range, bias, rows);
   }
+  return false;
 }
 
 // scores = scores scale + bias, where scaled_first(): the exponential then has no scale left to apply. Elsewhere this
 // is not called, and the exponential applies the scale, after the maximum is subtracted.
 NNFAST_INLINE void add_mask(const Attention& f, int64_t b, int64_t h, const Range& range, float* scores, float* bias) {
-  read_mask(f, b, h, range, bias, bias + kBlock * kBlock);
+  const bool masked = read_mask(f, b, h, range, bias, bias + kBlock * kBlock);
   const f32v scale = (float)f.scale;
   for (int64_t j = 0; j < range.keys; ++j)
     for (int64_t n = range.first_column(j); n < range.columns(); n += kLanes) {
       f32v s = load(scores + j * kBlock + n, Full<f32v>{}) * scale;
-      if (f.mask_type != Attention::Mask::none) s = s + load(bias + j * kBlock + n, Full<f32v>{});
+      if (masked) s = s + load(bias + j * kBlock + n, Full<f32v>{});
       store(scores + j * kBlock + n, s, Full<f32v>{});
     }
 }
