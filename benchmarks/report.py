@@ -240,7 +240,7 @@ def whole_step_bars(rows: list[dict], path: Path) -> None:
         spread = [[v - x for v, x in zip(value, low, strict=True)], [x - v for v, x in zip(value, high, strict=True)]]
         shown = [min(v, longest) for v in value]
         bars = axis.barh(places, shown, 0.8 / len(libraries), xerr=spread, label=library)
-        axis.bar_label(bars, [f" {v:.2f}x" for v in value], fontsize=7)
+        axis.bar_label(bars, [f" {v:.2f}x" + " (bar cut off)" * (v > longest) for v in value], fontsize=7)
     axis.set_yticks([i + 0.4 - 0.4 / len(libraries) for i in range(len(groups))], [" ".join(g) for g in groups])
     axis.invert_yaxis()
     axis.axvline(1, color="grey", linewidth=0.8)
@@ -452,7 +452,8 @@ def page(folder: Path, keep: str = "") -> tuple[str, str]:
 
 
 def main() -> int:
-    folders = sorted(path.parent for path in (HERE / "results").glob("*/layer_norm.csv"))
+    # The most capable machine first: AVX-512 before AVX2, and a GPU before both.
+    folders = sorted((path.parent for path in (HERE / "results").glob("*/layer_norm.csv")), reverse=True)
     if not folders:
         print("report: no results yet; make bench writes them", file=sys.stderr)
         return 1
