@@ -16,7 +16,6 @@ import difflib
 import hashlib
 import json
 import os
-import random
 import re
 import shlex
 import shutil
@@ -182,13 +181,19 @@ def mutants(source: Path, folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda p: [int(n) for n in re.findall(r"\d+", p.name)])
 
 
-def may_compile(before: str, after: str) -> bool:
-    """By the look of it: of what universalmutator does to C++, half breaks names, templates or brackets. False where
-    only a comment changed."""
-    old, new = (re.sub(r" *//.*", "", text).splitlines() for text in (before, after))
-    if len(old) != len(new):
-        return False  # a break or continue of its own, mostly where there is no loop
-    old, new = next(((a, b) for a, b in zip(old, new, strict=True) if a != b), ("#", ""))
+def change(before: list[str], after: list[str]) -> tuple[str, str] | None:
+    """The line that a mutant changes, before and after; None where it adds one, mostly a break where there is no loop,
+    or where only a comment differs."""
+    if len(before) != len(after):
+        return None
+    old, new = next(((a, b) for a, b in zip(before, after, strict=True) if a != b), ("", ""))
+    code = [re.sub(r" *//.*", "", line) for line in (old, new)]
+    return (old, new) if code[0] != code[1] else None
+
+
+def may_compile(old: str, new: str) -> bool:
+    """By the look of it: of what universalmutator does to C++, half breaks names, templates or brackets."""
+    old, new = (re.sub(r" *//.*", "", line) for line in (old, new))
     if old.startswith(("#", "template", "namespace", "}")):
         return False
     if new.strip().startswith("/*"):
@@ -206,6 +211,30 @@ def may_compile(before: str, after: str) -> bool:
         return [] if "==1)" in new else sorted(re.findall(r"[A-Za-z_]\w*\d\w*", line))
 
     return balance(old) == balance(new) and types(old) == types(new)
+
+
+def changed(patch: str) -> tuple[str, str, str]:
+    """File, and line before and after, of a patch."""
+    source, _, _, *lines = patch.splitlines()
+    old, new = (next(line[1:] for line in lines if line.startswith(sign)) for sign in "-+")
+    return source.removeprefix("--- "), old, new
+
+
+def draw(sources: list[Path], seed: int, first) -> list[tuple[str, str, str]]:
+    """File, and line before and after, of all changes, in an order by chance that stays when other lines change; those
+    that `first` has go first."""
+    found = set()
+    for source in sources:
+        before = (TREE / source).read_text().splitlines()
+        for mutant in mutants(source, HOME / "drawn" / source):
+            one = change(before, mutant.read_text().splitlines())
+            if one and may_compile(*one):
+                found.add((str(source), *one))
+
+    def chance(one):
+        return hashlib.sha256(repr((seed, *one)).encode()).digest()
+
+    return sorted(found, key=lambda one: (one not in first, chance(one)))
 
 
 def copy_tree() -> list[Path]:
@@ -239,44 +268,43 @@ def main() -> int:
         print("it does not compile without a change", file=sys.stderr)
         return 2
     build = Build()
-    drawn = [(source, m) for source in sources for m in mutants(source, HOME / "drawn" / source)]
-    random.Random(given.seed).shuffle(drawn)
     known = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out.exists() else []
-    results = {result["patch"]: result["by"] for result in known}
+    results = {changed(result["patch"]): result["by"] for result in known}
+    drawn = draw(sources, given.seed, results)
     counted = Counter()
     # Without a change all are green, or every mutant would look caught.
     if not given.trust:
         for capability in ({}, {CAPABILITY: "avx2"}):
-            tests = sorted({test for source, _ in drawn[: given.count] for test in tests_of(source)})
+            tests = sorted({test for source, _, _ in drawn[: given.count] for test in tests_of(Path(source))})
             if why := red(tests, capability):
                 print(f"without a change already: {why}", file=sys.stderr)
                 return 2
 
     with given.out.open("a") as out, Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
         task = progress.add_task("mutants", total=given.count)
-        for source, mutant in drawn:
+        for one in drawn:
             if counted.total() >= given.count or time.monotonic() > end:
                 break
-            before, after = (TREE / source).read_text(), mutant.read_text()
-            if not may_compile(before, after):
-                continue
+            source, old, new = one
+            before = (TREE / source).read_text()
+            after = before.replace(f"\n{old}\n", f"\n{new}\n", 1)
             lines = (text.splitlines(keepends=True) for text in (before, after))
-            patch = "".join(difflib.unified_diff(*lines, str(source), str(source), n=1))
-            if patch not in results:
+            patch = "".join(difflib.unified_diff(*lines, source, source, n=1))
+            if one not in results:
                 times = (TREE / source).stat()
                 try:
                     (TREE / source).write_text(after)
                     by = None
-                    if (environment := build.change(source)) is not None:
+                    if (environment := build.change(Path(source))) is not None:
                         build.install()
-                        by = red(tests_of(source), environment)
+                        by = red(tests_of(Path(source)), environment)
                 finally:
                     (TREE / source).write_text(before)
                     os.utime(TREE / source, ns=(times.st_atime_ns, times.st_mtime_ns))
                     build.undo()
-                results[patch] = by
+                results[one] = by
                 print(json.dumps({"by": by, "patch": patch}), file=out, flush=True)
-            if (by := results[patch]) is not None:
+            if (by := results[one]) is not None:
                 counted["killed" if by else "survive"] += 1
                 if not by:
                     progress.console.print(patch)
