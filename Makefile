@@ -48,8 +48,6 @@ test: $(TOOLS)
 bench: $(TOOLS)
 	$(PYTHON) -m pytest benchmarks --benchmark-only -q --compile
 	$(PYTHON) -m nnfast.benchmarks.steps --record
-	$(PYTHON) benchmarks/train_gpt.py --record
-	$(PYTHON) benchmarks/train_gpt.py --record --dtype bfloat16
 	$(PYTHON) benchmarks/report.py
 
 GPT = $(PYTHON) benchmarks/train_gpt.py --record --device cuda --dtype bfloat16 --compile

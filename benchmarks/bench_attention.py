@@ -57,7 +57,7 @@ def task(case: Case, compile: bool = False) -> Task:
     return function_task(
         case, functions, lambda *t: reference.scaled_dot_product_attention(*t, **kwargs),
         [t.requires_grad_() for t in (q, k, v)], grad, flops=flops, nbytes=PASSES[case.direction] * q.nbytes,
-        ceiling=bare_products(a, b), ceiling_scale=flops / (2 * SQUARE**3),
+        ceiling=bare_products(a, b), ceiling_scale=flops / (2 * SQUARE**3), named=("query", "key", "value"),
     )  # fmt: skip
 
 

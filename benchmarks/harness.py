@@ -106,7 +106,9 @@ class Task:
     names: tuple[str, ...] = ()
 
 
-def function_task(case: Case, functions: dict, reference: Callable, tensors, grad, **bounds) -> Task:
+def function_task(
+    case: Case, functions: dict, reference: Callable, tensors, grad, named=("input", "weight", "bias"), **bounds
+) -> Task:
     """The task of a differentiable function of ``tensors``; its forward is that of training, recorded for backward."""
 
     def call(function, inputs, grad):
@@ -123,7 +125,7 @@ def function_task(case: Case, functions: dict, reference: Callable, tensors, gra
         return lambda: torch.autograd.grad(output, inputs, grad, retain_graph=True)
 
     exact = call(reference, [t.detach().double().requires_grad_() for t in tensors], grad.double())()
-    names = ("output", "input's gradient", "weight's gradient", "bias's gradient") if case.direction == "both" else ()
+    names = ("output", *(f"{name}'s gradient" for name in named)) if case.direction == "both" else ()
     return Task({name: call(f, tensors, grad) for name, f in functions.items()}, list(exact), names=names, **bounds)
 
 

@@ -25,6 +25,9 @@ OPS = {"layer_norm": "LayerNorm", "linear_gelu": "Linear+GELU", "cross_entropy":
 OPS["linear"] = "Linear"
 OPS["optimizers"] = "Other optimizers, and clipping"
 OPS["scaled_dot_product_attention"] = "Attention"
+FILES = {"scaled_dot_product_attention": "attention"}
+#: Of these, README tells the sizes of a transformer's layers from those that no products bound.
+APART = {"linear_gelu": {"GELU alone": "GELU alone"} | dict.fromkeys(("tiny", "odd", "small"), "Linear+GELU, small")}
 TITLES = {"forward": "forward", "backward": "backward", "both": "forward + backward", "step": "a step"}
 
 
@@ -118,6 +121,21 @@ def summary(rows: list[dict]) -> list[list[str]]:
     return found
 
 
+def brief(op: str, rows: list[dict]) -> dict[tuple[str, str], str]:
+    """Per title and dtype, of forward and backward together or of a step: the speedups' middle and range, and how many
+    cells are lost."""
+    cells: dict[tuple, list[float]] = {}
+    for row in ours(rows):
+        if row["direction"] in ("both", "step") and row["speedup"]:
+            title = APART.get(op, {}).get(row["model"], OPS[op])
+            cells.setdefault((title, row["dtype"]), []).append(number(row["speedup"]))
+    return {
+        which: f"{statistics.median(of):.2f}x ({min(of):.2f}-{max(of):.2f})"
+        + f", below 1 in {sum(v < 1 for v in of)} of {len(of)}" * any(v < 1 for v in of)
+        for which, of in cells.items()
+    }
+
+
 def widen(runs: list[list[dict]]) -> str:
     """Widen the newest run's quartiles to take in the run before it: the machine changes more between two runs than
     within one. Returns what is said of the two."""
@@ -138,37 +156,53 @@ def widen(runs: list[list[dict]]) -> str:
     )
 
 
-def error_table(rows: list[dict]) -> str:
-    """An op's worst cell of each dtype and tensor: where ours is furthest from float64 in units of torch's error, and
-    where torch's is in units of ours. What is below a rounding of the dtype at the largest value counts as one."""
+def error_ratios(rows: list[dict]) -> dict[tuple, list[tuple]]:
+    """Per op, dtype and tensor: each cell's error over torch's, with the cell. What is below a rounding of the dtype at
+    the largest value counts as one."""
     eps = {"fp32": 2.0**-24, "bf16": 2.0**-9, "fp16": 2.0**-12, "fp64": 2.0**-53}
     cells: dict[tuple, dict[str, dict]] = {}
     for row in rows:
         cell = tuple(row[k] for k in ("op", "dtype", "tensor", "shape", "model", "variant"))
         cells.setdefault(cell, {})[row["provider"]] = row
+    found: dict[tuple, list[tuple]] = {}
+    for cell, by in cells.items():
+        if len(by) == 2:
+            least = eps[cell[1]] * number(by["torch"]["largest"])
+            ratio = max(number(by["nnfast"]["error"]), least) / max(number(by["torch"]["error"]), least)
+            found.setdefault(cell[:3], []).append((ratio, cell, by))
+    return found
+
+
+def error_table(rows: list[dict]) -> str:
+    """An op's worst cell of each dtype and tensor: where ours is furthest from float64 in units of torch's error, and
+    where torch's is in units of ours."""
     lines = []
-    for group in dict.fromkeys(cell[:3] for cell in cells):
-        found = []
-        for cell, by in cells.items():
-            if cell[:3] == group and len(by) == 2:
-                least = eps[group[1]] * number(by["torch"]["largest"])
-                ratio = max(number(by["nnfast"]["error"]), least) / max(number(by["torch"]["error"]), least)
-                found.append((ratio, cell, by))
+    for (op, *rest), found in error_ratios(rows).items():
         ratios = [f[0] for f in found]
         ends = []
         for _, cell, by in (max(found, key=lambda f: f[0]), min(found, key=lambda f: f[0])):
-            ours, torchs = (number(by[p]["error"]) for p in ("nnfast", "torch"))
+            own, torchs = (number(by[p]["error"]) for p in ("nnfast", "torch"))
             where = " ".join(filter(None, (cell[3], cell[5])))
-            ends.append(f"{ours:.2g}, torch {torchs:.2g} of {number(by['torch']['largest']):.3g} ({where})")
+            ends.append(f"{own:.2g}, torch {torchs:.2g} of {number(by['torch']['largest']):.3g} ({where})")
         middle, most = statistics.median(ratios), max(ratios)
-        lines.append([OPS.get(group[0], group[0]), *group[1:], f"{middle:.2f}", f"{most:.2f}", *ends])
+        lines.append([OPS.get(op, op), *rest, f"{middle:.2f}", f"{most:.2f}", *ends])
     header = ["op", "dtype", "tensor", "ours / torch's, middle", "most", "where ours is worst", "where torch's is"]
     return markdown(header, lines)
+
+
+def newest_errors(folder: Path) -> list[dict]:
+    """The rows of the newest run of each op."""
+    errors = load(folder / "errors.csv")
+    runs = {row["op"]: row["run"] for run in reversed(errors) for row in run}
+    return [row for run in errors for row in run if row["run"] == runs[row["op"]]]
 
 
 # ---- pictures ----
 
 
+LIBRARIES = {
+    "torch": "tab:grey", "torch compiled": "tab:brown", "nnfast": "tab:blue", "nnfast compiled": "tab:cyan"
+}  # fmt: skip
 COLOURS = {"fp32": "tab:blue", "bf16": "tab:orange", "fp16": "tab:green"}
 
 
@@ -210,7 +244,7 @@ def heat_map(op: str, rows: list[dict], path: Path) -> None:
     columns = list(dict.fromkeys((r["dtype"], r["direction"]) for r in rows))
     value = {(named(r), r["dtype"], r["direction"]): number(r["speedup"]) for r in rows}
     grid = [[value.get((line, *column), math.nan) for column in columns] for line in lines]
-    figure, axis = plt.subplots(figsize=(4 + 0.85 * len(columns), 1.4 + 0.27 * len(lines)))
+    figure, axis = plt.subplots(figsize=(max(8, 4 + 0.85 * len(columns)), 1.4 + 0.27 * len(lines)))
     shown = axis.imshow([[math.log2(v) for v in line] for line in grid], cmap="RdYlBu", vmin=-2, vmax=2, aspect="auto")
     bar = figure.colorbar(shown, ticks=[-2, -1, 0, 1, 2])
     bar.ax.set_yticklabels(["1/4 or less", "1/2", "as fast", "2x", "4x or more"], fontsize=7)
@@ -229,7 +263,7 @@ def whole_step_bars(rows: list[dict], path: Path) -> None:
     """Times as fast as torch in eager mode: a group a model and dtype, a bar a library, with the range over rounds."""
     rows = [r for r in rows if r["ms"] and r["speedup"]]
     groups = list(dict.fromkeys((r["model"], r["dtype"]) for r in rows))
-    libraries = list(dict.fromkeys(r["library"] for r in rows))
+    libraries = [library for library in LIBRARIES if any(r["library"] == library for r in rows)]
     figure, axis = plt.subplots(figsize=(9, 1.2 + 0.22 * len(rows)))
     # Without bfloat16 on a CPU torch takes forty times as long: the bar ends, and its label says how much it is.
     longest = 4.0
@@ -239,7 +273,7 @@ def whole_step_bars(rows: list[dict], path: Path) -> None:
         value, low, high = ([number(r[f"speedup{e}"]) for r in found.values()] for e in ("", "_low", "_high"))
         spread = [[v - x for v, x in zip(value, low, strict=True)], [x - v for v, x in zip(value, high, strict=True)]]
         shown = [min(v, longest) for v in value]
-        bars = axis.barh(places, shown, 0.8 / len(libraries), xerr=spread, label=library)
+        bars = axis.barh(places, shown, 0.8 / len(libraries), xerr=spread, label=library, color=LIBRARIES[library])
         axis.bar_label(bars, [f" {v:.2f}x" + " (bar cut off)" * (v > longest) for v in value], fontsize=7)
     axis.set_yticks([i + 0.4 - 0.4 / len(libraries) for i in range(len(groups))], [" ".join(g) for g in groups])
     axis.invert_yaxis()
@@ -293,15 +327,27 @@ def step_table(rows: list[dict]) -> str:
 
 
 def newest_whole_steps(folder: Path) -> list[dict]:
-    """The newest row of each model, dtype and library that steps.py measured."""
-    newest = {}
-    for run in reversed(load(folder / "steps.csv")):
-        newest |= {(row["model"], row["dtype"], row["library"]): row for row in run}
-    return [newest[key] for key in sorted(newest)]
+    """The newest row of each model, dtype and library that steps.py measured. Its ranges take in the run before it, for
+    two runs are further apart than two rounds; a ratio that it lacks is that run's."""
+    newest: dict[tuple, list[dict]] = {}
+    for run in load(folder / "steps.csv"):
+        for row in run:
+            newest.setdefault((row["model"], row["dtype"], row["library"]), []).append(row)
+    rows = []
+    for which in sorted(newest):
+        row, *before = newest[which][:2]
+        for word in ("speedup", "over_compiled"):
+            found = [r for r in (row, *before) if r[word]]
+            if found:
+                row[word] = found[0][word]
+                row[f"{word}_low"] = min((r[f"{word}_low"] for r in found), key=number)
+                row[f"{word}_high"] = max((r[f"{word}_high"] for r in found), key=number)
+        rows.append(row)
+    return rows
 
 
 def ranged(row: dict, word: str) -> str:
-    """1.93x (1.90-1.97), the range over the rounds where there were several."""
+    """1.93x (1.90-1.97), the range over the rounds and runs where there were several."""
     if not row[word]:
         return ""
     value, low, high = (number(row[f"{word}{end}"]) for end in ("", "_low", "_high"))
@@ -310,10 +356,12 @@ def ranged(row: dict, word: str) -> str:
 
 def whole_steps_table(rows: list[dict]) -> str:
     header = ["model", "dtype", "library", "ms a step", "over torch", "over torch compiled", "of the floor", "peak"]
+    header += ["rounds, commit"]
     return markdown(header, [
         [r["model"], r["dtype"], r["library"], f"{number(r['ms']):.0f}",
          ranged(r, "speedup"), ranged(r, "over_compiled"),
-         f"{number(r['floor_ms']) / number(r['ms']):.0%}", f"{number(r['peak_bytes']) / 1e6:.0f} MB"]
+         f"{number(r['floor_ms']) / number(r['ms']):.0%}", f"{number(r['peak_bytes']) / 1e6:.0f} MB",
+         f"{r['rounds']}, {r['commit']}"]
         for r in rows if r["ms"]
     ])  # fmt: skip
 
@@ -378,7 +426,8 @@ def moved(folder: Path, keep: str = "") -> str:
             writer.writerow(["version", "what", "speedup", "low", "high"])
             writer.writerows([[f"{v:.4g}" if isinstance(v, float) else v for v in line] for line in lines])
     last = next((v for v in reversed(before) if v != keep), None)
-    if last is None:
+    # Where this version's ratios are the last one's own, there is nothing to compare.
+    if last is None or before[last].items() >= {w: now[w] for w in now.keys() & before[last].keys()}.items():
         return ""
     lines = [
         [what, f"{then[0]:.2f}x", f"{new[0]:.2f}x"]
@@ -393,8 +442,8 @@ def moved(folder: Path, keep: str = "") -> str:
 SUMMARY = ["op", "dtype", "", "middle", "least", "most", "cells where a peer is faster"]
 
 
-def page(folder: Path, keep: str = "") -> tuple[str, str]:
-    """Write a device's page and pictures. Returns the machine, and the table for the README."""
+def page(folder: Path, keep: str = "") -> str:
+    """Write a device's page and pictures. Returns the machine's name."""
     machine, sections, lines = "", [], []
     for op, title in OPS.items():
         runs = load(folder / f"{op}.csv")
@@ -409,17 +458,18 @@ def page(folder: Path, keep: str = "") -> tuple[str, str]:
             of_ceiling_over_size(rows, folder / "layer_norm_ceiling.png")
             pictures.append("![LayerNorm beside a copy](layer_norm_ceiling.png)")
         lines += [[title, *line] for line in summary(rows)]
+        peers = ", ".join(dict.fromkeys(r["provider"] for r in rows if not r["provider"].startswith("nnfast")))
         sections.append(
-            f"## {title}\n\n{rows[0]['run']}, {rows[0]['versions']}, commit {rows[0]['commit']}. {said}\n\n"
+            f"## {title}\n\n`pytest benchmarks/bench_{FILES.get(op, op)}.py --benchmark-only`: {rows[0]['run']}, "
+            f"{rows[0]['versions']}, commit {rows[0]['commit']}. Peers: {peers}. {said}\n\n"
             + "\n\n".join(pictures)
             + f"\n\n{table(rows)}\n"
         )
+    sections.insert(0, f"## Every op in a line a dtype and direction\n\n{markdown(SUMMARY, lines)}\n")
     if steps := newest_step_rows(folder):
         step_bars(steps, folder / "train_gpt.png")
         sections.insert(0, f"## A whole training step\n\n![step times](train_gpt.png)\n\n{step_table(steps)}\n")
-    if errors := load(folder / "errors.csv"):
-        runs = {row["op"]: row["run"] for run in reversed(errors) for row in run}  # the newest of each op
-        rows = [row for run in errors for row in run if row["run"] == runs[row["op"]]]
+    if rows := newest_errors(folder):
         sections.append(
             "## Errors\n\nThe largest distance from the result in float64, of forward and backward, ours over plain "
             "torch's: the middle and the most over the shapes above, and the two shapes at the ends. An error below "
@@ -429,26 +479,47 @@ def page(folder: Path, keep: str = "") -> tuple[str, str]:
         sections.append(f"## From version to version\n\n{said}\n")
     if whole := newest_whole_steps(folder):
         whole_step_bars(whole, folder / "steps.png")
-        rounds = ", ".join(sorted({r["rounds"] for r in whole}))
         said = (
-            f"`make bench`: each library in a process of its own, in turn, rounds: {rounds}, "
-            f"commit {whole[0]['commit']}. "
-            "The floor is the step's products alone at the speed of the best large product here."
+            "`python -m nnfast.benchmarks.steps --record`: each library in a process of its own, in turn. A range is "
+            "over the rounds of the last two runs. The floor is the step's products alone at the speed of the best "
+            "large product here."
         )
         said += f"\n\n![whole steps](steps.png)\n\n{whole_steps_table(whole)}\n"
         sections.insert(0, f"## Whole training steps\n\n{said}")
     text = (
-        f"# {machine}\n\nWritten by `python benchmarks/report.py` from the CSV files beside it. A number is how many "
-        "times as fast as the best peer in the same run, the median of laps in which the providers take turns, with "
-        "the range from the lower to the upper quartile over the last two runs; a cell where a peer is faster is "
-        "bold.\n\n"
+        f"# {machine}\n\nWritten by `python benchmarks/report.py` from the CSV files beside it. Of an op, a number is "
+        "how many times as fast as the best peer in the same run, the median of laps in which the providers take "
+        "turns, with the range from the lower to the upper quartile over the last two runs; a cell where a peer is "
+        "faster is bold.\n\n"
     )
     (folder / "README.md").write_text(text + "\n".join(sections))
-    overview = markdown(SUMMARY, lines)
-    where = f"benchmarks/results/{folder.name}"
-    if whole:
-        overview = f"![whole steps]({where}/steps.png)\n\n{whole_steps_overview(whole)}\n\n{overview}"
-    return machine, f"**{machine}** ([every cell, and pictures]({where}/README.md))\n\n{overview}"
+    return machine
+
+
+def overview(folders: dict[str, Path]) -> str:
+    """README's tables: the whole steps of each machine, by its name, and a line an op and dtype."""
+    parts = []
+    for machine, folder in folders.items():
+        where = f"benchmarks/results/{folder.name}"
+        parts.append(f"**{machine}** ([every cell, and pictures]({where}/README.md))")
+        if whole := newest_whole_steps(folder):
+            parts += [f"![whole steps]({where}/steps.png)", whole_steps_overview(whole)]
+    speeds: dict[tuple, dict[str, str]] = {}
+    errors = [row for folder in folders.values() for row in newest_errors(folder)]
+    by_op: dict[tuple, list[float]] = {}
+    for (op, dtype, _), found in error_ratios(errors).items():
+        by_op.setdefault((OPS[op], dtype), []).extend(f[0] for f in found)
+    for machine, folder in folders.items():
+        for op in OPS:
+            for which, said in brief(op, newest(load(folder / f"{op}.csv"))).items():
+                speeds.setdefault(which, {})[machine] = said
+    lines = []
+    for title, dtype in sorted(speeds, key=lambda which: which[0]):
+        of = by_op.get((title, dtype), [])
+        error = f"{statistics.median(of):.2f} ({max(of):.2f})" if of else ""
+        lines.append([title, dtype, *(speeds[title, dtype].get(machine, "") for machine in folders), error])
+    parts.append(markdown(["op", "dtype", *folders, "error over torch's: middle (most)"], lines))
+    return "\n\n".join(parts)
 
 
 def main() -> int:
@@ -460,9 +531,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="store_true", help="keep this version's ratios")
     keep = nnfast.__version__ if parser.parse_args().version else ""
-    found = [page(folder, keep)[1] for folder in folders]
+    machines = {page(folder, keep): folder for folder in folders}
     head, rest = README.read_text().split(MARKS[0])
-    README.write_text(f"{head}{MARKS[0]}\n\n" + "\n\n".join(found) + f"\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
+    README.write_text(f"{head}{MARKS[0]}\n\n{overview(machines)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
     print(*(f"written: {folder / 'README.md'}" for folder in folders), f"written: {README}", sep="\n")
     return 0
 
