@@ -1,7 +1,8 @@
 """Linear+GELU: the matrix products bound it, so its ceiling is the bare product by the best library at hand.
 
 Forward is one product, backward two; GELU and its derivative are to cost nothing beside them. A shape of one number
-is GELU alone, which bytes bound: forward reads and writes, backward reads the input and the gradient and writes.
+is GELU alone, which bytes bound: forward reads and writes, backward reads the input and the gradient and writes. On a
+GPU also the MLP, Linear, GELU and a Linear back to the size of the input: its backward has the GELU in an epilogue.
 """
 
 import dataclasses
@@ -52,7 +53,12 @@ def cases(device: str) -> list[Case]:
     ]
     # The same through modules.
     some = [case for case in functions if case.model in MODULES and case.direction != "backward"]
-    return functions + [dataclasses.replace(case, variant=f"{case.variant} Sequential") for case in some]
+    mlps = [case for case in functions if case.model in GOALS]
+    return [
+        *functions,
+        *(dataclasses.replace(case, variant=f"{case.variant} Sequential") for case in some),
+        *(dataclasses.replace(case, variant=f"{case.variant} MLP") for case in mlps),
+    ]
 
 
 def _gelu_task(case: Case, compile: bool) -> Task:
@@ -85,9 +91,38 @@ def _approximate(case: Case) -> str:
     return case.variant.split()[0]
 
 
+def _mlp_task(case: Case, compile: bool) -> Task:
+    tokens, size, hidden = case.shape
+    make = {"dtype": case.torch_dtype, "device": case.device}
+    x, grad = (torch.randn(tokens, size, **make) for _ in range(2))
+    w, v = torch.randn(hidden, size, **make) * size**-0.5, torch.randn(size, hidden, **make) * hidden**-0.5
+    b, c, h = torch.randn(hidden, **make), torch.randn(size, **make), torch.randn(tokens, hidden, **make)
+    approximate = _approximate(case)
+
+    def mlp(F):
+        return lambda x, w, b, v, c: F.linear(F.gelu(F.linear(x, w, b), approximate=approximate), v, c)
+
+    functions = {"torch": mlp(F)}
+    if compile:
+        functions["torch.compile"] = compiled(functions["torch"], case.device)
+    functions[OURS] = mlp(nnfast.nn.functional)
+    forward = (lambda: torch.mm(x, w.t()), lambda: torch.mm(h, v.t()))
+    backward = tuple(lambda a=a, b=b: torch.mm(a, b) for a, b in ((grad, v), (grad.t(), h), (h, w), (h.t(), x)))
+    bare = {"forward": forward, "backward": backward, "both": forward + backward}[case.direction]
+    return function_task(
+        case, functions, lambda x, w, b, v, c: reference.linear_gelu(x, w, b, approximate) @ v.T + c,
+        [t.clone().requires_grad_() for t in (x, w, b, v, c)], grad, flops=2 * tokens * size * hidden * len(bare),
+        nbytes=len(bare) * x.element_size() * (tokens * size + size * hidden + tokens * hidden),
+        ceiling={"products": lambda: [product() for product in bare]}, ceiling_scale=1,
+        named=("input", "weight", "bias", "second weight", "second bias"),
+    )  # fmt: skip
+
+
 def task(case: Case, compile: bool = False) -> Task:
     if len(case.shape) == 1:
         return _gelu_task(case, compile)
+    if case.variant.endswith("MLP"):
+        return _mlp_task(case, compile)
     tokens, size_in, size_out = case.shape
     make = {"dtype": case.torch_dtype, "device": case.device}
     x = torch.randn(tokens, size_in, **make).requires_grad_()

@@ -35,7 +35,7 @@ NEEDED = ("setuptools", "pytest", "pytest_benchmark", "hypothesis", "ninja", "ma
 # Seconds after which a command is stopped: a lap ends though one thing hangs.
 LIMITS = {"build": 500, "doctor": 60, "test": 400, "goals": 500, "graphs": 500, "train": 300, "bench": 500}
 # The benchmarks that a lap runs.
-OPS = "layer_norm", "linear_gelu", "adamw"
+OPS = "layer_norm", "linear_gelu", "adamw", "optimizers"
 OVER = 20  # seconds that a cell may take beyond the last start, and a stopped process to end
 INSTALLED = "from nnfast import backend, kernels; assert backend.available({!r}) == '', backend.available({!r})"
 
@@ -55,7 +55,13 @@ def commands(out: Path, rehearse: bool) -> dict[str, list[list[str]]]:
 
     # Editable: nnfast.kernels lies in a folder of its own, which only an installation finds.
     build = [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
-    train = [*python, "benchmarks/train_gpt.py", "--out", str(out / "step.png"), "--record", "--results", str(out)]
+    train = [
+        *python,
+        "benchmarks/train_gpt.py",
+        "--record",
+        "--results",
+        str(out),
+    ]  # its picture stays where it is made
     train += ["--dtype", "bfloat16"]
     if rehearse:
         train += ["--steps", "4", "--layers", "1", "--width", "64", "--batch", "1"]

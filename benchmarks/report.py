@@ -302,7 +302,7 @@ def step_bars(rows: list[dict], path: Path) -> None:
 
 def save(figure, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
     plt.close(figure)
 
 

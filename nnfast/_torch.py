@@ -61,6 +61,10 @@ graph_capture_health_check: Callable[[torch.optim.Optimizer], None] = _found(
 transforms: Callable = _found("torch._C._functorch", "peek_interpreter_stack", _yes)
 
 
+#: How many modes in Python are active that see, and may change, calls of torch's functions. Gone: there may be one.
+function_modes: Callable = _found("torch._C", "_len_torch_function_stack", _yes)
+
+
 def forward_mode() -> bool:
     """Whether forward-mode AD is at work. Gone: it may be."""
     return getattr(forward_ad, "_current_level", 0) >= 0

@@ -31,6 +31,9 @@ _OURS: dict[type, type] = {
 if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.12 on
     _OURS[torch.nn.LinearCrossEntropyLoss] = nn.LinearCrossEntropyLoss
 
+#: Functions of torch's that a forward may call itself, and that ours could serve.
+_FUNCTIONS = "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy"
+
 # Left on a module that accelerate swapped, in its __dict__: the class it had. It travels with deepcopy and pickle, and
 # state_dict does not see it.
 _WAS = "_nnfast_was"
@@ -143,7 +146,8 @@ def accelerate(model: torch.nn.Module) -> torch.nn.Module:
     for module in model.modules():
         ours = _find(module)
         if ours is not None:
-            module.__dict__[_WAS] = type(module)
+            was = module.__dict__[_WAS] = type(module)
+            module.__dict__["__module__"] = was.__module__  # by which torch.fx knows the leaves of a graph
             module.__class__ = ours
         if library and library.takes(module):
             library.take(module)
@@ -162,6 +166,7 @@ def restore(model: torch.nn.Module) -> torch.nn.Module:
         was = module.__dict__.get(_WAS)
         if was is not None and type(module) is _class_for(was):
             del module.__dict__[_WAS]
+            module.__dict__.pop("__module__", None)
             module.__class__ = was
     return model
 
@@ -249,7 +254,7 @@ def _left(module: torch.nn.Module) -> Iterator[str]:
 
 
 def _calls(kind: type) -> Iterator[tuple[str, str]]:
-    """Calls of torch's own ``F.gelu`` and ``F.layer_norm`` in the methods of a class: what, and where."""
+    """Calls of torch's own functions that ours could serve in the methods of a class: what, and where."""
     for base in kind.__mro__:
         if not base.__module__.startswith("torch."):
             for method in vars(base).values():
@@ -267,8 +272,8 @@ def _calls_in(code: types.CodeType, names: dict) -> Iterator[tuple[str, str]]:
             found = vars(found).get(instruction.argval)
         else:
             continue
-        for what in ("gelu", "layer_norm"):
-            if found is getattr(_TORCHS_F, what):
+        for what in _FUNCTIONS:
+            if found is getattr(_TORCHS_F, what, None):
                 yield f"F.{what}", f"{code.co_filename}:{line}"
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -10,7 +10,7 @@ import torch.compiler.config
 from torch import Tensor
 
 from nnfast import __version__, backend
-from nnfast._torch import constant_in_a_graph, forward_mode, one_dnn_has, transforms
+from nnfast._torch import constant_in_a_graph, forward_mode, function_modes, one_dnn_has, transforms
 
 #: (op, dtype it computes in): how many times as fast a compiled training step of the op is with ours in its graph,
 #: measured at GPT-2's sizes on a Zen 5. What is not here gains nothing, or loses what the compiler fuses.
@@ -71,7 +71,9 @@ def _stays(op: str, *tensors: Tensor | None, lowered: bool = True) -> bool:
     cast = lowered and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if cast else tensors[0].dtype
     # The commonest reasons come first, for each check that is traced costs time.
-    if (op, dtype) not in GAINS or not _served or backend.torch_is_held or forward_mode() or _shut():
+    if (op, dtype) not in GAINS or not _served or backend.torch_is_held:
+        return False
+    if forward_mode() or function_modes() or _shut():
         return False
     for t in tensors:
         if t is not None:

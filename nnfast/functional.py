@@ -76,6 +76,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
         RuntimeError: torch's own, for another ``approximate``.
     """
     if out is not None:
+        torch_serves("gelu")
         return _F.gelu(input, approximate=approximate, out=out)
     output = gelu_if_ours(input, approximate)
     return _F.gelu(input, approximate=approximate) if output is None else output
@@ -337,14 +338,21 @@ def scaled_dot_product_attention(
     Raises:
         RuntimeError: torch's own, for shapes or dtypes that do not fit.
     """
-    if not dropout_p:
+    if isinstance(dropout_p, (int, float)) and dropout_p == 0:
         call = compiled.scaled_dot_product_attention if is_dynamo_compiling() else _attention
         output = call(query, key, value, attn_mask, is_causal, scale, enable_gqa)
         if output is not None:
             return output
     torch_serves("scaled_dot_product_attention")
     return _F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        query,
+        key,
+        value,
+        attn_mask=attn_mask,
+        dropout_p=dropout_p,
+        is_causal=is_causal,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )
 
 

@@ -2,16 +2,18 @@
 
 A module of transformers looks up the function that computes its attention by the name in its config, at every call.
 Ours is registered as ``nnfast``, which alone changes nothing. The modules that ``take`` is given see their config with
-that name in the place of ``sdpa``; the model's own config, from which masks are made and which is saved, stays as it
-is, and another choice that is made later takes effect as ever.
+a name that finds it in the place of ``sdpa``, and compares equal to ``sdpa``; the model's own config, from which masks
+are made and which is saved, stays as it is, and another choice that is made later takes effect as ever.
 """
 
+import copy
 import inspect
 
 import torch
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as _theirs
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as _registered
 from transformers.modeling_utils import AttentionInterface
 
 from nnfast import functional as F
@@ -39,6 +41,27 @@ def _attention(*args, **kwargs):
 AttentionInterface.register(NAME, _attention)
 
 
+class _Name(str):
+    """``sdpa`` to whoever compares it, as modules do that then add a mask of their own; ours where it is looked up."""
+
+    __slots__ = ()
+
+    def __eq__(self, other) -> bool:
+        return other == NAME or str.__eq__(self, other)
+
+    def __ne__(self, other) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(NAME)
+
+    def __reduce__(self):
+        return str, (str(self),)
+
+
+_OURS = _Name("sdpa")
+
+
 class Config:
     """A view of a config that names ours where that says ``sdpa``. All else is read from and written to the config."""
 
@@ -48,7 +71,7 @@ class Config:
     @property
     def _attn_implementation(self):
         name = self.__dict__["_nnfast_was"]._attn_implementation
-        return NAME if name == "sdpa" else name
+        return _OURS if name == "sdpa" and not is_compiling() and _registered.get("sdpa") is _theirs else name
 
     @property
     def __class__(self):
@@ -59,6 +82,12 @@ class Config:
 
     def __setattr__(self, name: str, value) -> None:
         setattr(self.__dict__["_nnfast_was"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.__dict__["_nnfast_was"], name)
+
+    def __copy__(self):
+        return Config(copy.copy(self.__dict__["_nnfast_was"]))
 
     def __eq__(self, other) -> bool:
         return self.__dict__["_nnfast_was"] == (other.__dict__["_nnfast_was"] if type(other) is Config else other)
@@ -95,7 +124,7 @@ def take(module: torch.nn.Module) -> None:
 def has(module: torch.nn.Module) -> bool:
     """Whether it was given to ``take``, and has not chosen another attention since."""
     config = module.__dict__.get("config")
-    return type(config) is Config and config._attn_implementation == NAME
+    return type(config) is Config and config._attn_implementation is _OURS
 
 
 def give_back(module: torch.nn.Module) -> None:

@@ -776,8 +776,13 @@ def test_wrapped_models_and_tracers():
     torch.testing.assert_close(torch.jit.trace(mlp, x, check_trace=False)(x), mlp(x))
     torch.testing.assert_close(torch.jit.script(mlp)(x), mlp(x))
     torch.testing.assert_close(torch.jit.script(model.module.ln_1)(x), model.module.ln_1(x))
-    traced = torch.fx.symbolic_trace(nnfast.restore(mlp))
-    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["c_fc", "gelu", "c_proj", "dropout"]
+    for each in (mlp, nnfast.restore(mlp)):
+        traced = torch.fx.symbolic_trace(each)
+        assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["c_fc", "gelu", "c_proj", "dropout"]
+    encoder = nnfast.accelerate(torch.nn.Sequential(torch.nn.TransformerEncoderLayer(8, 2, 16), torch.nn.Linear(8, 8)))
+    for each in (encoder, copy.deepcopy(encoder), nnfast.restore(encoder)):
+        assert [n.target for n in torch.fx.symbolic_trace(each).graph.nodes] == ["input", "0", "1", "output"]
+    assert not any("__module__" in vars(module) for module in encoder.modules())
 
 
 def test_encoder(cpu_kernels):

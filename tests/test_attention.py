@@ -358,3 +358,21 @@ def test_transforms_see_torchs_op():
     torch.testing.assert_close(batched, torch.stack([TF.scaled_dot_product_attention(t, t, t) for t in q]))
     with contextlib.suppress(NotImplementedError):
         torch.func.grad(lambda t: F.scaled_dot_product_attention(t, t, t).sum())(q[0])
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_boolean_mask_may_change_after_the_call():
+    """S1: for the next layer say, or be made in inference mode: torch keeps numbers that it makes of it."""
+    (q, k, v), grad_out, _ = sample_inputs((2, 3, 3, 9, 9, 8, 8), torch.float32)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril()
+    expected = run(TF.scaled_dot_product_attention, (q, k, v), grad_out, {"attn_mask": mask})
+    with torch.inference_mode():
+        inference = mask.clone()
+    for given in (mask.clone(), mask.clone().expand(2, 3, 9, 9), inference):
+        with served(FORWARD, BACKWARD):
+            output = F.scaled_dot_product_attention(q, k, v, given)
+            if not given.is_inference():
+                given[..., :1].fill_(False)
+            grads = torch.autograd.grad(output, (q, k, v), grad_out)
+        for a, b in zip((output, *grads), expected, strict=True):
+            torch.testing.assert_close(a, b)

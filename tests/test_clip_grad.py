@@ -228,3 +228,15 @@ def test_shapes_of_the_ops():
     for op in (torch.ops.nnfast.total_norm, torch.ops.nnfast.clip_coef):
         with pytest.raises(RuntimeError, match="empty list"):
             op([], 2.0)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_gradient_twice():
+    """O2: it is scaled twice, as torch does, and not by two threads at once."""
+    results = []
+    for clip in (utils.clip_grad_norm_, torchs_clip):
+        p = torch.nn.Parameter(torch.zeros(50000))
+        p.grad = torch.linspace(-1, 1, 50000)
+        clip([p, p], 1.0)
+        results.append(p.grad)
+    torch.testing.assert_close(*results)

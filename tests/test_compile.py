@@ -509,3 +509,73 @@ def test_modes_and_subclasses_see_torchs_ops():
     assert "aten.gelu.default" in seen
     for call in (lambda t: F.layer_norm(t, (4,)), F.gelu, lambda t: F.linear_gelu(t, x)):
         assert type(call(x.as_subclass(Mine))) is Mine
+
+
+class Doubled(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        return result * 2 if func in (TF.scaled_dot_product_attention, TF.cross_entropy) else result
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.torch_serves("a mode sees torch's functions")
+def test_a_function_mode_sees_torchs_functions():
+    """K2: inside a compiled function and around it."""
+    q, x, y = torch.randn(2, 4, 6, 8), torch.randn(6, 80), torch.randint(80, (6,))
+
+    def calls(library):
+        return library.scaled_dot_product_attention(q, q, q), library.cross_entropy(x, y)
+
+    def inside(library):
+        with Doubled():
+            return calls(library)
+
+    expected = [2 * t for t in calls(TF)]
+    compiled = [torch.compile(f, fullgraph=True, backend="aot_eager") for f in (inside, calls)]
+    torch.testing.assert_close(list(compiled[0](F)), expected)
+    with Doubled():
+        torch.testing.assert_close(list(compiled[1](F)), expected)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_rows_and_classes_that_only_a_run_knows():
+    """K1, K2: no rows, and a class that is none, in a graph that was made before."""
+    loss = torch.compile(F.cross_entropy, fullgraph=True, backend="aot_eager", dynamic=True)
+    x, y = torch.randn(6, 80, requires_grad=True), torch.randint(80, (6,))
+    with served("cross_entropy"):
+        torch.testing.assert_close(loss(x, y), TF.cross_entropy(x, y))
+    none = torch.empty(0, 80, requires_grad=True)
+    found = loss(none, y[:0])
+    found.backward()
+    assert found.isnan() and none.grad.shape == (0, 80)
+    y[0] = 90
+    with pytest.raises(IndexError, match="Target 90 is out of bounds"):
+        loss(x, y)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.torch_serves("clipping is the compiler's to fuse")
+def test_clipping_in_one_graph():
+    """K1: no graph break."""
+    params = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def clip():
+        return nnfast.nn.utils.clip_grad_norm_(params, 0.5)
+
+    torch.testing.assert_close(clip(), torch.tensor(8.0).sqrt())
+    torch.testing.assert_close(params[0].grad, torch.full((3,), 0.5 / 8**0.5))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.torch_serves("torch is forced")
+def test_the_norm_of_a_compiled_step():
+    """K3: what a step sets is there, also where torch serves it."""
+    p = torch.nn.Parameter(torch.zeros(4))
+    p.grad = torch.full((4,), 100.0)
+    optimizer = optim.AdamW([p], max_grad_norm=0.3)
+    with nnfast.use_backend("torch"):
+        torch.compile(optimizer.step, backend="eager")()
+    assert optimizer.grad_norm == 200

@@ -143,6 +143,52 @@ def test_attention(name, cpu_kernels):
     torch.testing.assert_close(loss_of(model, inputs), loss_of(plain, inputs))
 
 
+def test_attention_of_modules_that_ask_for_sdpa(cpu_kernels):
+    """X1: they add a mask of their own where their config says `sdpa`."""
+    from common import served
+
+    t = package("transformers")
+    if not hasattr(t, "DeepseekV32Config"):
+        pytest.skip("this version of transformers has no such model")
+    sizes = {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "n_shared_experts": 1, "n_routed_experts": 4}
+    experts = {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "num_hidden_layers": 1, "pad_token_id": 0}
+    index = {"index_topk": 4, "index_head_dim": 16, "index_n_heads": 2, "max_position_embeddings": 64}
+    config = t.DeepseekV32Config(**sizes, **heads, **ranks, **experts, **index)
+    model, ids = t.AutoModelForCausalLM.from_config(config).eval(), torch.randint(0, 99, (1, 24))
+    with torch.no_grad():
+        expected = model(ids).logits
+        nnfast.accelerate(model)
+        assert attentions(model)
+        with served("scaled_dot_product_attention"):
+            torch.testing.assert_close(model(ids).logits, expected)
+
+
+def test_a_module_sees_its_config(cpu_kernels):
+    """X3: copies are copies, and whoever registers another `sdpa` later is heard."""
+    package("transformers")
+    from transformers import AttentionInterface
+
+    from nnfast import sdpa
+
+    model = nnfast.accelerate(gpt2())
+    seen = dict(model.named_modules())[attentions(model)[0]].config
+    copied = copy.copy(seen)
+    copied.some_choice = 3
+    assert not hasattr(model.config, "some_choice") and seen._attn_implementation in ("eager", "sdpa")
+    seen.some_choice = 4
+    del seen.some_choice
+    assert not hasattr(model.config, "some_choice")
+    calls = []
+    try:
+        AttentionInterface.register("sdpa", lambda *args, **kwargs: calls.append(1) or sdpa._theirs(*args, **kwargs))
+        loss_of(model, tokens())
+    finally:
+        AttentionInterface.register("sdpa", sdpa._theirs)
+    assert len(calls) == 2
+
+
 @pytest.mark.torch_serves("no attention of ours")
 def test_attention_that_is_not_sdpa():
     model = nnfast.accelerate(gpt2(attn_implementation="eager"))

@@ -464,3 +464,50 @@ def test_module():
         ours.load_state_dict(theirs.state_dict(), strict=True)
         x = torch.randn(5, 6, dtype=kwargs.get("dtype", torch.float32))
         torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_bias_alone_keeps_nothing():
+    """N2: its gradient reads nothing that was saved, so that a second backward is as good as the first."""
+    x, w, b = torch.randn(5, 8), torch.randn(6, 8), torch.zeros(6, requires_grad=True)
+    with served("linear", "linear_backward"):
+        loss = F.linear(x, w, b).sum()
+        for _ in range(2):
+            loss.backward()
+    assert torch.equal(b.grad, torch.full((6,), 10.0))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("function", ["linear", "gelu", "linear_gelu", "layer_norm"])
+def test_tangents_of_the_gradient(function):
+    """N1, L8: forward-mode AD through a backward, of a gradient that has a tangent."""
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)
+    calls = {
+        "linear": lambda F: F.linear(x, w),
+        "gelu": lambda F: F.gelu(x),
+        "linear_gelu": lambda F: F.linear_gelu(x, w) if hasattr(F, "linear_gelu") else F.gelu(F.linear(x, w)),
+        "layer_norm": lambda F: F.layer_norm(x, (8,)),
+    }
+    tangents = []
+    for library in (F, TF):
+        y = calls[function](library)
+        with torch.autograd.forward_ad.dual_level():
+            grad = torch.autograd.forward_ad.make_dual(torch.ones_like(y), torch.linspace(0, 1, 32).view(4, 8))
+            (found,) = torch.autograd.grad(y, x, grad)
+            tangents.append(torch.autograd.forward_ad.unpack_dual(found).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("shape", [(4, 8), (2, 3, 8)])
+def test_gradients_of_leaves_come_in_torchs_order(shape):
+    """N2: as hooks of leaves see it, and whoever steps an optimizer in them."""
+    orders = []
+    for library in (nn, torch.nn):
+        model = library.Sequential(library.Linear(8, 8), library.LayerNorm(8), library.Linear(8, 8))
+        order = []
+        for name, p in model.named_parameters():
+            p.register_post_accumulate_grad_hook(lambda p, name=name, order=order: order.append(name))
+        model(torch.randn(shape)).sum().backward()
+        orders.append(order)
+    assert orders[0] == orders[1] and len(orders[0]) == 6

@@ -2,6 +2,7 @@
 
 The truth is torch's own loop in float64."""
 
+import contextlib
 import copy
 import io
 import pickle
@@ -391,3 +392,75 @@ def test_swap_leaves_others():
     for optimizer in (Mine([p]), torch.optim.Adagrad([p])):
         kind = type(optimizer)
         assert swap(optimizer) is optimizer and type(optimizer) is kind
+
+
+def shared_memory(kind):
+    """Parameters that share memory, in one way or another."""
+    whole = torch.zeros(50000)
+    if kind == "one storage":
+        return [torch.nn.Parameter(whole), torch.nn.Parameter(whole)]
+    if kind == "overlapping":
+        return [torch.nn.Parameter(whole[begin : begin + 30000]) for begin in (0, 20000, 10000)]
+    return [torch.nn.Parameter(whole)] * 2  # twice in a group, of which torch warns
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("kind", ["one storage", "overlapping", "twice"])
+@pytest.mark.parametrize(
+    "name, options", [("SGD", {"lr": 1.0}), ("SGD", {"lr": 0.1, "momentum": 0.9}), ("Adam", {}), ("RMSprop", {})]
+)
+def test_parameters_that_share_memory(name, options, kind):
+    """O3: one after another, as torch's loop; not side by side in threads."""
+    results = []
+    for optimizer_class in pair(name):
+        params = shared_memory(kind)
+        optimizer = optimizer_class(params, **loop(name, options))
+        generator = torch.Generator().manual_seed(0)
+        with served("step.in_order") if optimizer_class.__module__.startswith("nnfast") else contextlib.nullcontext():
+            for _ in range(3):
+                for p in params:
+                    p.grad = torch.randn(p.shape, generator=generator)
+                optimizer.step()
+        results.append([p.detach() for p in params])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+def test_a_count_of_steps_that_parameters_share():
+    """O3: each of them counts it up, and is stepped by what it then says."""
+    results = []
+    for optimizer_class in pair("Adam"):
+        params, step = [torch.nn.Parameter(torch.zeros(3)) for _ in range(3)], torch.tensor(10.0)
+        optimizer = optimizer_class(params, lr=0.1)
+        state = {i: {"step": step, "exp_avg": torch.ones(3), "exp_avg_sq": torch.ones(3)} for i in range(3)}
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.ones(3)
+            optimizer.step()
+        results.append([*(p.detach() for p in params), optimizer.state[params[0]]["step"]])
+    for ours, torchs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, torchs)
+
+
+@pytest.mark.torch_serves("what was made in inference mode is torch's to refuse")
+def test_parameters_of_inference_mode():
+    """A1: torch's error."""
+    with torch.inference_mode():
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+    for optimizer_class in pair("SGD"):
+        with pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+            optimizer_class([p], lr=0.1).step()
+
+
+def test_a_count_that_is_no_tensor():
+    """A1: torch's error."""
+    for optimizer_class in pair("Adam"):
+        p = torch.nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        optimizer = optimizer_class([p])
+        optimizer.step()
+        optimizer.state[p]["step"] = 1.0
+        with pytest.raises(RuntimeError, match="state_steps"):
+            optimizer.step()

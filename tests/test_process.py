@@ -6,6 +6,7 @@ import sys
 import textwrap
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +284,42 @@ assert errors[0] == errors[1] and "allocate memory" in errors[0], errors
 assert native.paths()["gelu"] >= 5
 print("torchs")
 """
+
+
+REFUSED = """
+import os, threading, time
+import torch
+import torch.nn.functional as TF
+import nnfast.nn.functional as F
+from nnfast import backend
+
+# Were the memory taken, writing to it would end this process, or the machine.
+def watch():
+    while True:
+        resident = int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        if resident > 3 << 30:
+            print("the memory was taken", flush=True)
+            os._exit(1)
+        time.sleep(0.01)
+
+threading.Thread(target=watch, daemon=True).start()
+rows = torch.ones(1, 1024).expand(1 << 33, 1024)  # an output of 32 TB
+for call in (lambda F: F.layer_norm(rows, (1024,)), lambda F: F.linear(rows, torch.ones(1024, 1024))):
+    said = []
+    for library in (TF, F):
+        try:
+            call(library)
+        except RuntimeError as error:
+            said.append(str(error))
+    assert len(said) == 2 and all("can't allocate memory" in text for text in said), said
+print("refused")
+"""
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.served_in_children
+def test_memory_that_the_system_does_not_have():
+    """Faults: torch's error, at once."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        pytest.skip("this system refuses no memory")
+    assert run_script(REFUSED).strip() == "refused"

@@ -8,7 +8,7 @@
 namespace nnfast {
 
 // Names that the tests know.
-Path step_threads("step.threads"), reordered_gradient("step.reordered_gradient");
+Path step_threads("step.threads"), reordered_gradient("step.reordered_gradient"), in_order("step.in_order");
 Threshold step_grain("step.grain", 16384), step_chunk("step.chunk", 65536);
 
 namespace {

@@ -42,9 +42,14 @@ Tensor total_norm_cpu(at::TensorList tensors, double norm_type) {
 void scale_cpu(at::TensorList tensors, double factor) {
   check_covered(tensors, "scale_");
   scaled.taken();
-  for_each_chunk(tensors, [&](size_t i, int64_t begin, int64_t end, int64_t) {
-    cpu_kernels()->scale(cpu_dtype(tensors[i]), tensors[i].mutable_data_ptr(), factor, begin, end);
-  });
+  const auto scale = [&](at::TensorList some) {
+    for_each_chunk(some, [&](size_t i, int64_t begin, int64_t end, int64_t) {
+      cpu_kernels()->scale(cpu_dtype(some[i]), some[i].mutable_data_ptr(), factor, begin, end);
+    });
+  };
+  if (!overlap(tensors)) return scale(tensors);
+  in_order.taken();
+  for (size_t i = 0; i < tensors.size(); ++i) scale(tensors.slice(i, 1));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <numeric>
@@ -30,6 +31,8 @@ struct Logits {
         size(input.size(input.dim() == 1 ? 0 : 1)),
         rows(rows_of(input.dim() > 2 ? input.movedim(1, -1) : input, size, 1)),
         target(target_.contiguous()) {
+    // In a compiled graph nobody has looked yet.
+    if (target.is_cpu() && target.scalar_type() == at::kLong) check_classes(target, size, ignore_index);
     TORCH_CHECK_NOT_IMPLEMENTED(
         cpu_kernels() && covers_cross_entropy(input, target, weight_, ignore_index, label_smoothing, dtype),
         "nnfast::cross_entropy does not cover this call; nnfast.nn.functional.cross_entropy hands it to torch");
@@ -162,13 +165,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
     const OptTensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, at::ScalarType type, std::array<bool, 3> mask) {
+  if (target.is_cpu() && target.scalar_type() == at::kLong && linear_weight.dim() == 2)
+    check_classes(target, linear_weight.size(0), ignore_index);
   TORCH_CHECK_NOT_IMPLEMENTED(
       cpu_kernels() && covers_linear_cross_entropy(
                            input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, type),
       "nnfast::linear_cross_entropy does not cover this call; nnfast.nn.functional hands it to torch");
   const int64_t rows = input.size(0), features = input.size(1), classes = linear_weight.size(0);
   const int64_t at_most = std::max<int64_t>(1, block_bytes / (classes * input.element_size()));
-  const int64_t blocks = (rows + at_most - 1) / at_most, block = (rows + blocks - 1) / blocks;
+  const int64_t blocks = std::max<int64_t>(1, (rows + at_most - 1) / at_most), block = (rows + blocks - 1) / blocks;
   const int64_t part = std::max<int64_t>(1, part_bytes / (features * input.element_size()));
   if (blocks > 1) in_blocks.taken();
   const bool each = reduction == at::Reduction::None;
@@ -179,6 +184,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
   const Tensor one = at::ones({}, at::TensorOptions(acc)), grad = defined(grad_out) ? *grad_out : one;
   Tensor grad_input = mask[0] ? empty({rows, features}, dtype) : Tensor();
   Tensor grad_weight = mask[1] && blocks > 1 ? empty({classes, features}, acc) : Tensor(), grad_bias;
+  if (rows == 0) {
+    if (mask[1]) grad_weight = at::zeros({classes, features}, input.options());
+    if (mask[2]) grad_bias = at::zeros({classes}, input.options());
+  }
   for (int64_t row = 0; row < rows; row += block) {
     const int64_t count = std::min(block, rows - row);
     const Tensor x = input.narrow(0, row, count), y = target.narrow(0, row, count);

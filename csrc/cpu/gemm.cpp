@@ -47,49 +47,76 @@ Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptT
   const Operand a(a_), b(b_);
   const Tensor dense = defined(bias) ? bias->contiguous() : Tensor();
   Tensor c = empty({a_.size(0), b_.size(0)}, dtype);
-  const Gemm f{cpu_dtype(a_),        cpu_dtype(c), a_.size(0), b_.size(0),
-               a_.size(1),           a.view,       b.view,     dense.defined() ? dense.const_data_ptr() : nullptr,
-               c.mutable_data_ptr(), b_.size(0)};
-  const int64_t panel = kernels.gemm_columns, rows = std::min<int64_t>(f.m, sum_rows);
+  const Gemm f{cpu_dtype(a_),       cpu_dtype(c), a_.size(0), b_.size(0),
+               a_.size(1),          a.view,       b.view,     dense.defined() ? dense.const_data_ptr() : nullptr,
+               c.mutable_data_ptr()};
+  const int64_t panel = kernels.gemm_columns, tile = kernels.gemm_rows, rows = std::min<int64_t>(f.m, sum_rows);
   const int64_t columns = std::min(round_up(f.n, panel), round_up(sum_columns, panel));
   const int64_t threads =
       std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), f.m * f.n * f.k / thread_multiply_adds));
   // Blocks of rows for all threads alike; where there are too few rows for that, threads share the columns as well.
-  constexpr int64_t kRows = 6;
   int64_t row_parts = round_up((rows + thread_rows - 1) / thread_rows, threads);
-  row_parts = std::max<int64_t>(1, std::min(row_parts, rows / (4 * kRows)));
+  row_parts = std::max<int64_t>(1, std::min(row_parts, rows / (4 * tile)));
   const int64_t column_parts = std::min((threads + row_parts - 1) / row_parts, columns / panel);
   const int64_t parts = row_parts * column_parts;
   const int64_t depth = std::min(f.k, Gemm::kDepth),
-                a_size = (round_up(rows, kRows) / row_parts + 2 * kRows) * depth + 16;
+                a_size = (round_up(rows, tile) / row_parts + 2 * tile) * depth + 16;
 
   const Tensor space = empty({columns * depth + rows * columns + threads * a_size}, at::kFloat);
   float *const laid = space.mutable_data_ptr<float>(), *const sums = laid + columns * depth;
   float* const rooms = sums + rows * columns;
+  const auto for_each = [&](int64_t count, auto&& body) {
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+      for (int64_t t = first; t < last; ++t)
+        for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) body(t, i);
+    });
+  };
+  const auto lay = [&](const GemmPart& part, int64_t column) {
+    kernels.gemm_lay(f, part, laid + (part.column - column) * part.depth);
+  };
+  const auto multiply = [&](const GemmPart& whole, int64_t thread, const GemmPart& part) {
+    const int64_t r = part.row - whole.row, n = part.column - whole.column;
+    kernels.gemm(f, part, laid + n * part.depth, sums + r * columns + n, columns, rooms + thread * a_size);
+  };
   for (int64_t row = 0; row < f.m; row += rows)
-    for (int64_t column = 0; column < f.n; column += columns)
-      for (int64_t k0 = 0; k0 < f.k; k0 += depth) {
-        GemmPart whole{row, std::min(rows, f.m - row), column, std::min(columns, f.n - column),
-                       k0,  std::min(depth, f.k - k0)};
-        const auto for_each = [&](int64_t count, auto&& body) {
-          at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-            for (int64_t t = first; t < last; ++t)
-              for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) body(t, i);
+    for (int64_t column = 0; column < f.n; column += columns) {
+      GemmPart whole{row, std::min(rows, f.m - row), column, std::min(columns, f.n - column)};
+      const auto part_at = [&](int64_t i) {
+        GemmPart part = whole;
+        const auto [r, part_rows] = part_of(whole.rows, row_parts, i % row_parts, tile);
+        const auto [n, part_columns] = part_of(whole.columns, column_parts, i / row_parts, panel);
+        part.row += r, part.rows = part_rows, part.column += n, part.columns = part_columns;
+        return part;
+      };
+      const auto over_depth = [&](GemmPart part, auto&& body) {
+        for (part.k0 = 0; part.k0 < f.k; part.k0 += depth) {
+          part.depth = std::min(depth, f.k - part.k0);
+          body(part);
+        }
+      };
+      // Few rows: each thread lays the columns out that it alone reads, and waits for nobody.
+      if (row_parts == 1) {
+        for_each(parts, [&](int64_t thread, int64_t i) {
+          over_depth(part_at(i), [&](const GemmPart& part) {
+            lay(part, column);
+            multiply(whole, thread, part);
           });
-        };
+        });
+        continue;
+      }
+      over_depth(whole, [&](const GemmPart& block) {
         for_each((whole.columns + panel - 1) / panel, [&](int64_t, int64_t i) {
-          GemmPart part = whole;
+          GemmPart part = block;
           part.column += i * panel, part.columns = std::min(panel, whole.columns - i * panel);
-          kernels.gemm_lay(f, part, laid + i * panel * whole.depth);
+          lay(part, column);
         });
         for_each(parts, [&](int64_t thread, int64_t i) {
-          GemmPart part = whole;
-          const auto [r, part_rows] = part_of(whole.rows, row_parts, i % row_parts, kRows);
-          const auto [n, part_columns] = part_of(whole.columns, column_parts, i / row_parts, panel);
-          part.row += r, part.rows = part_rows, part.column += n, part.columns = part_columns;
-          kernels.gemm(f, part, laid + n * whole.depth, sums + r * columns + n, columns, rooms + thread * a_size);
+          GemmPart part = part_at(i);
+          part.k0 = block.k0, part.depth = block.depth;
+          multiply(whole, thread, part);
         });
-      }
+      });
+    }
   return c;
 }
 

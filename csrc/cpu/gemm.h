@@ -44,7 +44,7 @@ template <class T, class Out>
 NNFAST_INLINE void gemm_write(const Gemm& f, const GemmPart& part, const float* sums, int64_t stride) {
   const T* const bias = f.bias ? (const T*)f.bias + part.column : nullptr;
   for (int64_t r = 0; r < part.rows; ++r) {
-    Out* const to = (Out*)f.c + (part.row + r) * f.c_stride + part.column;
+    Out* const to = (Out*)f.c + (part.row + r) * f.n + part.column;
     sweep<float>(part.columns, [&](int64_t i, auto at) NNFAST_LAMBDA {
       const auto sum = load(sums + r * stride + i, at);
       store(to + i, bias ? sum + load(bias + i, at) : sum, at);

@@ -53,6 +53,7 @@ extern const Kernels kernels = {
     sum_of_squares,
     largest,
     scale,
+    kTileRows,
     kPanel,
     gemm_lay,
     gemm,

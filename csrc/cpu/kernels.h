@@ -149,7 +149,6 @@ struct Gemm {
   Matrix a, b;
   const void* bias;  // n of dtype, or null
   void* c;
-  int64_t c_stride;
 };
 // Rows and columns of c, and a block of k.
 struct GemmPart {
@@ -180,8 +179,8 @@ struct Kernels {
   double (*sum_of_squares)(DType dtype, const void* x, int64_t begin, int64_t end);
   double (*largest)(DType dtype, const void* x, int64_t begin, int64_t end);
   void (*scale)(DType dtype, void* x, double factor, int64_t begin, int64_t end);
-  // How many columns of b are laid out side by side: a block of them is padded to a multiple of it.
-  int64_t gemm_columns;
+  // How many rows of a, and columns of b, are laid out side by side: a block of them is padded to a multiple of it.
+  int64_t gemm_rows, gemm_columns;
   void (*gemm_lay)(const Gemm&, const GemmPart&, float* b);
   // Adds to the sums, `stride` floats a row, or sets them where k0 is 0, and writes c after the last block of k. `a`:
   // room for rows x depth floats, and 16 more.

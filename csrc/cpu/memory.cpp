@@ -141,8 +141,8 @@ class Pool {
   // Aligned to huge pages, or the system would find few of them inside.
   static char* map_afresh(size_t size) {
     const size_t huge = huge_page;
-    char* start =
-        (char*)mmap(nullptr, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    // Not MAP_NORESERVE: the system then refuses what it cannot have, and torch's allocator raises its error.
+    char* start = (char*)mmap(nullptr, size + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (start == MAP_FAILED) return nullptr;
     char* aligned = round_up(start, huge);
     if (aligned != start) munmap(start, aligned - start);

@@ -15,7 +15,7 @@ namespace nnfast {
 
 // Elements a thread takes at the least: their memory traffic outweighs waking the thread; and those of a chunk.
 extern Threshold step_grain, step_chunk;
-extern Path step_threads, reordered_gradient;
+extern Path step_threads, reordered_gradient, in_order;
 
 // Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014: the finalizer.
 inline uint64_t mixed(uint64_t x) {
@@ -53,6 +53,20 @@ void for_each_chunk(at::TensorList tensors, F f) {
   });
 }
 
+// Whether two of the tensors, which have no gaps, share memory: then threads must not take them side by side.
+inline bool overlap(at::TensorList tensors) {
+  std::vector<std::pair<const char*, const char*>> ranges;
+  ranges.reserve(tensors.size());
+  for (const auto& t : tensors)
+    if (const size_t bytes = t.numel() * t.element_size()) {
+      const auto* const begin = (const char*)t.const_data_ptr();
+      ranges.emplace_back(begin, begin + bytes);
+    }
+  if (!std::is_sorted(ranges.begin(), ranges.end())) std::sort(ranges.begin(), ranges.end());
+  const auto meet = [](const auto& a, const auto& b) { return b.first < a.second; };
+  return std::adjacent_find(ranges.begin(), ranges.end(), meet) != ranges.end();
+}
+
 // scalars(lr, t): the numbers of the formula at step t. Whatever can fail comes before the first change.
 template <class Scalars, class Call, class Form>
 void step_cpu(
@@ -69,18 +83,23 @@ void step_cpu(
   path.taken();
   if (number(a.found_inf, 0) != 0) return;
 
-  const size_t n = a.params.size();
+  const size_t n = a.params.size(), steps = a.state_steps.size();
   std::vector<StepOf<Scalars>> tensors(n);
   std::vector<Tensor> reordered;
   double t = 1;
   Scalars scalars = form(lr, t);
+  const auto count = [&](size_t i) -> float& { return *a.state_steps[i].template mutable_data_ptr<float>(); };
+  // Most parameters are at the same step: its powers are taken once.
+  const auto form_for = [&](size_t i) {
+    if (const double next = steps ? count(i) + 1.0f : 1; next != t) scalars = form(lr, t = next);
+    tensors[i].scalars = scalars;
+    // Another stream for every step and tensor.
+    if (tensors[i].stochastic) tensors[i].seed = mixed(mixed((uint64_t)*a.rounding_seed + (uint64_t)t) + i);
+    return (float)t;
+  };
+  std::vector<float> next(steps);
   for (size_t i = 0; i < n; ++i) {
     const Tensor& param = a.params[i];
-    // Most parameters are at the same step: its powers are taken once.
-    if (!a.state_steps.empty()) {
-      const double next = *a.state_steps[i].template const_data_ptr<float>() + 1.0f;
-      if (next != t) scalars = form(lr, t = next);
-    }
     const Tensor* grad = &a.grads[i];
     if (grad->strides() != param.strides()) {
       // The unscaled gradient would have to be written back in its own order, which is one more thing that can fail.
@@ -108,13 +127,32 @@ void step_cpu(
     to.grad_scale = grad_scale;
     to.clip_coef = coef;
     to.stochastic = a.rounding_seed.has_value();
-    // Another stream for every step and tensor.
-    if (to.stochastic) to.seed = mixed(mixed((uint64_t)*a.rounding_seed + (uint64_t)t) + i);
-    to.scalars = scalars;
+    const float at = form_for(i);
+    if (steps) next[i] = at;
   }
-  for (const auto& s : a.state_steps) *s.template mutable_data_ptr<float>() += 1;
   const auto update = cpu_kernels()->*kernel;
-  for_each_chunk(a.params, [&](size_t i, int64_t begin, int64_t end, int64_t) { update(tensors[i], begin, end); });
+  // One after another, as torch goes, where parameters share memory, or the gradients that grad_scale changes, or
+  // counts of steps: a count that has moved already is one of those.
+  bool apart = !overlap(a.params) && (grad_scale == 1 || !overlap(a.grads));
+  for (size_t i = 0; i < steps && apart; ++i) {
+    if (count(i) + 1.0f == next[i]) {
+      count(i) += 1;
+      continue;
+    }
+    apart = false;
+    while (i--) count(i) = next[i] - 1.0f;
+    break;
+  }
+  if (apart)
+    return for_each_chunk(
+        a.params, [&](size_t i, int64_t begin, int64_t end, int64_t) { update(tensors[i], begin, end); });
+  in_order.taken();
+  for (size_t i = 0; i < n; ++i) {
+    const float at = form_for(i);
+    if (steps) count(i) = at;
+    for_each_chunk(
+        a.params.slice(i, 1), [&](size_t, int64_t begin, int64_t end, int64_t) { update(tensors[i], begin, end); });
+  }
 }
 
 }  // namespace nnfast

@@ -14,6 +14,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../ops/op.h"
+
 namespace nnfast {
 
 using torch::autograd::AutogradContext;
@@ -45,6 +47,13 @@ OpNode<T>* last_backward(const AutogradContext* ctx) {
 template <class T>
 void let_go(OpNode<T>& node) {
   node.ctx_.save_for_backward({});
+  node.save_variables_to_ctx();
+}
+
+// What let_go() let go is there again, for a second try.
+template <class T>
+void put_back(OpNode<T>& node, const variable_list& saved) {
+  node.ctx_.save_for_backward(saved);
   node.save_variables_to_ctx();
 }
 
@@ -83,16 +92,18 @@ void record(const Node& node, at::ArrayRef<at::Tensor> outputs, variable_list sa
   node->save_variables_to_ctx();
 }
 
-// Around the call of a backward op: while nobody differentiates the backward itself, the op is called below autograd at
-// once, a tenth of a microsecond sooner. To be made after the saved tensors have been asked for: unpacking one may run
-// any code, such as the forward once more under checkpointing, which must be recorded.
+// Around the call of a backward op, of the gradient `grad`: while nobody differentiates the backward itself, the op is
+// called below autograd at once, a tenth of a microsecond sooner. To be made after the saved tensors have been asked
+// for: unpacking one may run any code, such as the forward once more under checkpointing, which must be recorded.
 class NotRecorded {
  public:
-  NotRecorded() {
-    if (!at::GradMode::is_enabled()) guard_.emplace();
+  explicit NotRecorded(const at::Tensor& grad) : recorded_(at::GradMode::is_enabled() || has_tangent(grad)) {
+    if (!recorded_) guard_.emplace();
   }
+  bool recorded() const { return recorded_; }
 
  private:
+  bool recorded_;
   std::optional<at::AutoDispatchBelowADInplaceOrView> guard_;
 };
 

@@ -1,6 +1,6 @@
 // What a run took: each op and each internal path counts its calls, and each number that chooses between paths has a
-// name. Tests assert by the counts that ours served, and lower the numbers so that a small case takes every path; the
-// doctor prints the counts. A count is one relaxed addition a call, some nanoseconds.
+// name. Tests assert by the counts that ours served, and lower the numbers so that a small case takes every path. A
+// count is one relaxed addition a call, some nanoseconds.
 #pragma once
 
 #include <atomic>

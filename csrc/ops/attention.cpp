@@ -138,7 +138,7 @@ struct ScaledDotProductAttention {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const NotRecorded guard;
+    const NotRecorded guard(grads[0]);
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
     const auto& mask = saved[3];
     auto [grad_query, grad_key, grad_value] = scaled_dot_product_attention_backward(
@@ -149,19 +149,33 @@ struct ScaledDotProductAttention {
   }
 };
 
+// What is kept of a mask. Torch makes numbers of a boolean one, so that whoever owns it may change it afterwards, for
+// the next layer say: it is copied, but once where it is broadcast.
+Tensor kept(const OptTensor& mask) {
+  if (!defined(mask)) return Tensor();
+  if (mask->scalar_type() != at::kBool || !ordinary(*mask)) return *mask;
+  Tensor once = *mask;
+  for (int64_t d = 0; d < mask->dim(); ++d)
+    if (mask->stride(d) == 0) once = once.narrow(d, 0, 1);
+  return once.clone().expand(mask->sizes());
+}
+
 std::tuple<Tensor, Tensor> attention_autograd(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal,
     std::optional<double> scale) {
+  Tensor mask;
+  const bool recorded = any_needs_grad(query, key, value);
   const auto forward = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
+    if (recorded) mask = kept(attn_mask);
     return scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale);
   };
-  if (!any_needs_grad(query, key, value)) return forward();
+  if (!recorded) return forward();
   const auto node = make_node<ScaledDotProductAttention>(query, key, value);
   node->ctx_.saved_data["is_causal"] = is_causal;
   node->ctx_.saved_data["scale"] = scale;
   auto out = forward();
-  record(node, std::get<0>(out), {query, key, value, attn_mask.value_or(Tensor()), std::get<0>(out), std::get<1>(out)});
+  record(node, std::get<0>(out), {query, key, value, mask, std::get<0>(out), std::get<1>(out)});
   return out;
 }
 
@@ -170,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_autograd(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
     const Tensor& output, const Tensor& stats, bool is_causal, std::optional<double> scale,
     std::array<bool, 3> output_mask) {
-  if (!any_needs_grad(grad_out, query, key, value)) {
+  if (!any_needs_grad(grad_out, query, key, value) && !has_tangent(grad_out)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return scaled_dot_product_attention_backward(
         grad_out, query, key, value, attn_mask, output, stats, is_causal, scale, output_mask);

@@ -38,7 +38,7 @@ void scale_by_(at::TensorList tensors, const Tensor& factor) {
 
 bool covers_clip(const Tensor& t) {
   const auto type = t.scalar_type();
-  return t.is_non_overlapping_and_dense() &&
+  return t.is_non_overlapping_and_dense() && !forbidden(t) &&
          (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || (type == at::kDouble && t.is_cpu()));
 }
 

@@ -97,6 +97,12 @@ std::optional<double> total_weight(
   return total;
 }
 
+void check_classes(const Tensor& target, int64_t classes, int64_t ignore_index) {
+  const Tensor rows = target.contiguous();
+  for (const int64_t y : at::IntArrayRef(rows.const_data_ptr<int64_t>(), rows.numel()))
+    TORCH_CHECK_INDEX(y == ignore_index || (y >= 0 && y < classes), "Target ", y, " is out of bounds.");
+}
+
 namespace {
 
 bool autocast_takes(at::ScalarType t) { return known_dtype(t) && t != at::kDouble; }
@@ -126,7 +132,8 @@ bool covers_cross_entropy(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
     std::optional<at::ScalarType> dtype) {
   const int64_t dim = input.dim();
-  if (!input.is_cpu() || !known_dtype(input.scalar_type()) || dim < 1 || input.numel() == 0) return false;
+  if (!input.is_cpu() || !known_dtype(input.scalar_type()) || dim < 1 || input.size(class_dim(input)) == 0)
+    return false;
   if (target.dim() != dim - 1) return false;
   for (int64_t d = 0; d < dim - 1; ++d)
     if (target.size(d) != input.size(d == 0 ? 0 : d + 1)) return false;
@@ -142,7 +149,7 @@ bool covers_linear_cross_entropy(
   if (!input.is_cpu() || !linear_weight.is_cpu() || (defined(linear_bias) && !linear_bias->is_cpu())) return false;
   if (input.dim() != 2 || linear_weight.dim() != 2 || input.size(1) != linear_weight.size(1)) return false;
   const int64_t classes = linear_weight.size(0);
-  if (input.numel() == 0 || classes == 0 || target.dim() != 1 || target.size(0) != input.size(0)) return false;
+  if (input.size(1) == 0 || classes == 0 || target.dim() != 1 || target.size(0) != input.size(0)) return false;
   if (defined(linear_bias) && (linear_bias->dim() != 1 || linear_bias->size(0) != classes)) return false;
   // One dtype, or any that autocast will bring to one.
   const auto all = [&](const auto& f) {
@@ -240,41 +247,27 @@ struct CrossEntropy {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     auto* const last = last_backward<CrossEntropy>(ctx);
-    auto saved = ctx->get_saved_variables();
-    const NotRecorded guard;
+    const auto saved = ctx->get_saved_variables();
+    const NotRecorded guard(grads[0]);
     if (!grads[0].defined()) return {Tensor()};
     const auto [reduction, ignore_index, label_smoothing] = Options::of(*ctx);
-    // What is being traced has readers that are not known yet. A storage that cannot be resized is memory that somebody
-    // else brought, such as numpy.
-    const bool may_overwrite = last && !at::GradMode::is_enabled() && ordinary(saved[0]) && saved[0].is_contiguous() &&
-                               saved[0].storage().resizable() && saved[0].dim() <= 2;
-    if (may_overwrite && overwritten(*last, grads[0], saved, reduction, ignore_index, label_smoothing))
-      return {saved[0].detach()};
-    return {cross_entropy_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], reduction, ignore_index, label_smoothing)};
-  }
-
- private:
-  // The logits make room for their gradient where nobody else can see them. If they do not, or memory runs out before
-  // anything was written, the node gets back what it had saved.
-  static bool overwritten(
-      OpNode<CrossEntropy>& node, const Tensor& grad_out, const variable_list& saved, int64_t reduction,
-      int64_t ignore_index, double label_smoothing) {
-    let_go(node);
-    const auto put_back = [&] {
-      node.ctx_.save_for_backward(saved);
-      node.save_variables_to_ctx();
+    // What is being traced, or batched, has readers that are not known yet. A storage that cannot be resized is memory
+    // that somebody else brought, such as numpy.
+    const bool may_overwrite = last && !guard.recorded() && ordinary(saved[0]) && ordinary(grads[0]) &&
+                               saved[0].is_contiguous() && saved[0].storage().resizable() && saved[0].dim() <= 2;
+    const auto call = [&](const auto& f) {
+      return f(grads[0], saved[0], saved[1], saved[2], saved[3], reduction, ignore_index, label_smoothing);
     };
+    if (!may_overwrite) return {call(cross_entropy_backward)};
+    // The logits make room for their gradient where nobody else can see them. If memory runs out before anything was
+    // written, the node gets back what it had saved.
+    let_go(*last);
     try {
-      const bool alone = seen_by_nobody_else(saved[0]);
-      if (alone)
-        cross_entropy_backward_(
-            grad_out, saved[0], saved[1], saved[2], saved[3], reduction, ignore_index, label_smoothing);
-      else
-        put_back();
-      return alone;
+      if (!seen_by_nobody_else(saved[0])) return {call(cross_entropy_backward)};
+      call(cross_entropy_backward_);
+      return {saved[0].detach()};
     } catch (...) {
-      put_back();
+      put_back(*last, saved);
       throw;
     }
   }
@@ -300,7 +293,7 @@ std::tuple<Tensor, Tensor> cross_entropy_autograd(
 Tensor cross_entropy_backward_autograd(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
     int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  if (!any_needs_grad(grad_out, input)) {
+  if (!any_needs_grad(grad_out, input) && !has_tangent(grad_out)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return cross_entropy_backward(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
   }
@@ -323,30 +316,45 @@ struct LinearCrossEntropy {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     auto* const last = last_backward<LinearCrossEntropy>(ctx);
     auto saved = ctx->get_saved_variables();
-    const NotRecorded guard;
     const Tensor& grad_out = grads[0];
+    const NotRecorded guard(grad_out);
     if (!grad_out.defined()) return variable_list(3);
     const auto [reduction, ignore_index, label_smoothing] = Options::of(*ctx);
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     const bool there = saved[5].defined() || saved[6].defined() || saved[7].defined();
-    if (at::GradMode::is_enabled() || !there) {
+    if (guard.recorded() || !there) {
       auto [grad_input, grad_weight, grad_bias] = linear_cross_entropy_backward(
           grad_out, saved[0], saved[1], saved[2], saved[3], saved[4], reduction, ignore_index, label_smoothing, mask);
       return {grad_input, grad_weight, grad_bias};
     }
-    // They were computed for a grad_out of 1. The last backward may take them as they are, after a look at grad_out.
-    const bool have = last && ordinary(grad_out);
-    variable_list out;
-    for (int i = 5; i < 8; ++i) {
-      const Tensor& grad = saved[i];
-      out.push_back(!grad.defined() ? Tensor() : have ? grad.detach() : grad * grad_out);
+    // They were computed for a grad_out of 1. The last backward may take them as they are, after a look at grad_out,
+    // where nobody else has them, such as a hook that packed them.
+    variable_list out(saved.begin() + 5, saved.end());
+    const auto scaled = [&](const Tensor& grad) { return grad.defined() ? grad * grad_out : grad; };
+    if (!last || !ordinary(grad_out)) {
+      for (Tensor& grad : out) grad = scaled(grad);
+      return out;
     }
-    if (!have) return out;
-    saved.clear();
+    const bool one = grad_out.item<double>() == 1;
     let_go(*last);
-    if (grad_out.item<double>() != 1)
-      for (Tensor& grad : out)
-        if (grad.defined()) grad = grad.storage().use_count() == 1 ? grad.mul_(grad_out) : grad * grad_out;
+    saved.resize(5);
+    std::vector<bool> alone;
+    for (const Tensor& grad : out) alone.push_back(!grad.defined() || seen_by_nobody_else(grad));
+    variable_list copies(3);
+    try {
+      for (int i = 0; i < 3; ++i)
+        if (!alone[i]) copies[i] = one ? out[i].clone() : scaled(out[i]);
+    } catch (...) {
+      saved.insert(saved.end(), out.begin(), out.end());
+      put_back(*last, saved);
+      throw;
+    }
+    for (int i = 0; i < 3; ++i) {
+      if (!alone[i])
+        out[i] = copies[i];
+      else if (out[i].defined())
+        out[i] = one ? out[i].detach() : out[i].detach().mul_(grad_out);
+    }
     return out;
   }
 };
@@ -382,7 +390,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_autograd(
     const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::array<bool, 3> output_mask) {
-  if (!any_needs_grad(grad_out, input, linear_weight, linear_bias)) {
+  if (!any_needs_grad(grad_out, input, linear_weight, linear_bias) && !has_tangent(grad_out)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return linear_cross_entropy_backward(
         grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,

@@ -137,7 +137,7 @@ struct LayerNorm {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const NotRecorded guard;
+    const NotRecorded guard(grads[0]);
     const auto &input = saved[0], &stats = saved[1], &weight = saved[2], &bias = saved[3];
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
     auto [grad_input, grad_weight, grad_bias] = layer_norm_backward(
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> layer_norm_autograd(
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
     const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
-  if (!any_needs_grad(grad_out, input, weight)) {
+  if (!any_needs_grad(grad_out, input, weight) && !has_tangent(grad_out)) {
     at::AutoDispatchBelowADInplaceOrView guard;
     return layer_norm_backward(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
   }

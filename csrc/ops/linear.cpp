@@ -147,7 +147,7 @@ Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptTenso
 std::tuple<Tensor, Tensor, Tensor> linear_backward_autograd(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
     std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
-  if (any_needs_grad(grad_out, input, weight))
+  if (any_needs_grad(grad_out, input, weight) || has_tangent(grad_out))
     return linear_backward_aten(grad_out, input, weight, output_mask, dtype, input_dtype);
   at::AutoDispatchBelowADInplaceOrView guard;
   return nnfast::linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
@@ -196,20 +196,23 @@ bool will_run(torch::autograd::Node& node) {
 // The GELU whose output the Linear reads, where one kernel makes both grad_input and what the GELU's backward gives.
 GeluNode* gelu_before(LinearNode& linear, const Tensor& grad) {
   if (!linear.works_ahead || !has_gelu_linear_backward(grad)) return nullptr;
-  auto* const gelu = dynamic_cast<GeluNode*>(linear.next_edge(0).function.get());
+  auto* const gelu = dynamic_cast<GeluNode*>(linear.next_edge(LinearNode::kInput).function.get());
   return gelu && hands_on(linear, gelu->node()) && will_run(gelu->node()) ? gelu : nullptr;
 }
 
 }  // namespace
 
 variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads) {
-  std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-  const auto saved = ctx->get_saved_variables();
+  constexpr std::array edges = {LinearNode::kInput, LinearNode::kWeight, LinearNode::kBias};
+  std::array<bool, 3> mask;
+  for (size_t i = 0; i < 3; ++i) mask[i] = ctx->needs_input_grad(edges[i]);
+  // For the bias's gradient nothing is saved, and a second backward finds nothing missing.
+  const auto saved = mask[0] || mask[1] ? ctx->get_saved_variables() : variable_list(2);
   if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
-  auto* const node = at::GradMode::is_enabled() ? nullptr : running_node<LinearNode>();
+  auto* const node = at::GradMode::is_enabled() || has_tangent(grads[0]) ? nullptr : running_node<LinearNode>();
   auto* const gelu = node && mask[0] ? gelu_before(*node, grads[0]) : nullptr;
   const Tensor pre = gelu ? gelu->input() : Tensor();
-  const NotRecorded guard;
+  const NotRecorded guard(grads[0]);
   Tensor sums, before;
   if (node && mask[2]) sums = node->sums.take(*node, grads[0]).value_or(Tensor());
   if (sums.defined()) {
@@ -223,16 +226,16 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
     worked_ahead.taken();
     mask[0] = false;
   }
-  const auto asked = [&](size_t edge) { return mask[edge] ? wider_asked(node, edge, grads[0]) : std::nullopt; };
+  const auto asked = [&](size_t i) { return mask[i] ? wider_asked(node, edges[i], grads[0]) : std::nullopt; };
   auto [grad_input, grad_weight, grad_bias] =
       nnfast::linear_backward(grads[0], saved[0], saved[1], mask, asked(mask[1] ? 1 : 2), asked(0));
-  return {gelu ? before : grad_input, grad_weight, sums.defined() ? sums : grad_bias};
+  return {sums.defined() ? sums : grad_bias, gelu ? before : grad_input, grad_weight};
 }
 
 void record_linear(
     const Tensor& output, const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_input,
     const Tensor& cast_weight, bool works_ahead) {
-  const auto node = make_node<Linear, LinearNode>(input, weight, bias);
+  const auto node = make_node<Linear, LinearNode>(bias, input, weight);
   node->works_ahead = works_ahead;
   // Each is kept for the other's gradient alone.
   record(node, output, {needs_grad(weight) ? cast_input : Tensor(), needs_grad(input) ? cast_weight : Tensor()});

@@ -66,12 +66,15 @@ inline bool hands_on(torch::autograd::Node& from, torch::autograd::Node& to) {
 
 class LinearNode : public OpNode<Linear> {
  public:
+  // In the order of torch's addmm, in which the gradients of leaves are then ready.
+  enum Edge { kBias, kInput, kWeight };
+
   void release_variables() override {
     sums.let_go();
     OpNode<Linear>::release_variables();
   }
 
-  bool wants_sums() { return task_should_compute_output(2); }
+  bool wants_sums() { return task_should_compute_output(kBias); }
 
   Ahead<Tensor> sums;        // over the rows of the gradient
   bool works_ahead = false;  // for a GELU that it reads

@@ -167,8 +167,8 @@ struct Gelu {
     const Tensor input = node ? node->take_input() : ctx->get_saved_variables()[0];
     if (!grads[0].defined()) return {Tensor()};
     const auto approximate = Tanh ? "tanh" : "none";
-    const NotRecorded guard;
-    if (!node || at::GradMode::is_enabled()) return {nnfast::gelu_backward(grads[0], input, approximate)};
+    const NotRecorded guard(grads[0]);
+    if (!node || guard.recorded()) return {nnfast::gelu_backward(grads[0], input, approximate)};
     auto* const linear = linear_before(*node);
     auto ahead = node->grads.take(*node, grads[0]);
     if (!ahead && !linear) return {nnfast::gelu_backward(grads[0], input, approximate)};
@@ -235,21 +235,23 @@ Tensor gelu_autograd(const Tensor& self, c10::string_view approximate) {
 
 // The gradient of the gradient is ATen's, which is differentiable to any order.
 Tensor gelu_backward_autograd(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
-  if (any_needs_grad(grad_output, self)) return at::gelu_backward(grad_output, self, approximate);
+  if (any_needs_grad(grad_output, self) || has_tangent(grad_output))
+    return at::gelu_backward(grad_output, self, approximate);
   at::AutoDispatchBelowADInplaceOrView guard;
   return nnfast::gelu_backward(grad_output, self, approximate);
 }
 
 std::tuple<Tensor, Tensor> gelu_backward_sum_autograd(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
-  if (any_needs_grad(grad_output, self)) return gelu_backward_sum_aten(grad_output, self, approximate);
+  if (any_needs_grad(grad_output, self) || has_tangent(grad_output))
+    return gelu_backward_sum_aten(grad_output, self, approximate);
   at::AutoDispatchBelowADInplaceOrView guard;
   return gelu_backward_sum(grad_output, self, approximate);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_autograd(
     const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate) {
-  if (any_needs_grad(grad_output, weight, self))
+  if (any_needs_grad(grad_output, weight, self) || has_tangent(grad_output))
     return gelu_linear_backward_aten(grad_output, weight, self, approximate);
   at::AutoDispatchBelowADInplaceOrView guard;
   return gelu_linear_backward(grad_output, weight, self, approximate);

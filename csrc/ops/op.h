@@ -32,6 +32,9 @@ bool any_needs_grad(const T&... t) {
   return at::GradMode::is_enabled() && (needs_grad(t) || ...);
 }
 
+// Whether forward-mode AD differentiates t as well: torch's own formulas, in ATen, hand its tangent on.
+inline bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(0).defined(); }
+
 // t in autocast's dtype, as autocast's own ops bring it there.
 Tensor autocast_to_lower(const Tensor& t, c10::DeviceType device);
 OptTensor autocast_to_lower(const OptTensor& t, c10::DeviceType device);
@@ -91,6 +94,8 @@ bool covers_linear_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
     const OptTensor& weight, int64_t ignore_index, double label_smoothing,
     std::optional<at::ScalarType> dtype = std::nullopt);
+// torch's error for a class that is none.
+void check_classes(const Tensor& target, int64_t classes, int64_t ignore_index);
 // What a mean divides by: the weights of the rows' classes, ignored ones left out. None where a class is out of range.
 std::optional<double> total_weight(
     const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index);

@@ -16,7 +16,7 @@ bool covers_step(
     if (step->scalar_type() != at::kFloat || step->numel() != 1) return false;
     if (!step->device().is_cpu() && step->device() != param.device()) return false;
   }
-  if (!param.is_non_overlapping_and_dense()) return false;
+  if (!param.is_non_overlapping_and_dense() || forbidden(param)) return false;
   const auto there = [&](const Tensor& t) { return t.device() == param.device() && t.sizes() == param.sizes(); };
   // The gradient may lie in another order than the parameter.
   const auto of_grad = grad.scalar_type();

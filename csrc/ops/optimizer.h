@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <c10/core/InferenceMode.h>
 
 #include <array>
 #include <type_traits>
@@ -101,6 +102,9 @@ struct RMSpropCall {
         maximize, tensor_lr);
   }
 };
+
+// Whether it was made in inference mode and must not be changed out of it: torch's error says so.
+inline bool forbidden(const Tensor& t) { return t.is_inference() && !c10::InferenceMode::is_enabled(); }
 
 // Whether the kernels take one parameter with its gradient and state. `state` holds null, or an undefined tensor, where
 // there is none; the master is beside it. `step` may be null. mixed_dtypes: for a kernel that takes the gradient and

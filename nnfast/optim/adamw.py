@@ -89,7 +89,7 @@ class AdamStep(NativeStep):
 
     def _clip_coef(self) -> Tensor | None:
         """What the gradients are to be multiplied by, or None for nothing; sets ``grad_norm``."""
-        grads = [grad for group in self.param_groups for p in group["params"] if (grad := p.grad) is not None]
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         if any(g.is_sparse for g in grads):
             return None  # the step raises
         scale = getattr(self, "grad_scale", None)

@@ -37,7 +37,8 @@ class NativeStep:
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if is_compiling() and step_is_ours(self):
+        # What is set on an optimizer while it is traced, as the norm is, is lost.
+        if is_compiling() and (step_is_ours(self) or self.max_grad_norm is not None):
             self._step_outside_graphs()
         else:
             self._step()
@@ -141,12 +142,12 @@ class NativeStep:
         )
 
 
-def _clone(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.detach().clone()
+def _clone(t):
+    return t.detach().clone() if isinstance(t, Tensor) else t
 
 
 def _misshapen(lists) -> bool:
     """Whether the state is of another model, which torch finds out in the middle of the update."""
     params, _, *state = lists
     pairs = ((p, t) for kind in state for p, t in zip(params, kind, strict=False))
-    return any(t is not None and t.shape != p.shape and t.dim() > 0 for p, t in pairs)
+    return any(isinstance(t, Tensor) and t.shape != p.shape and t.dim() > 0 for p, t in pairs)

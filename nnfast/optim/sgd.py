@@ -28,9 +28,11 @@ class SGD(NativeStep, torch.optim.SGD):
 
     def _call(self, group):
         if group["momentum"] != 0 and group["dampening"] == 0 and not group["differentiable"] and not is_compiling():
-            # torch starts with a copy of the gradient, which is what a step from zero leaves.
-            for p in group["params"]:
-                if p.grad is not None and not p.grad.is_sparse and "momentum_buffer" not in self.state[p]:
+            # torch starts with a copy of the gradient, which is what a step from zero leaves; with one for each time
+            # that a parameter is in the group.
+            new = [p for p in group["params"] if p.grad is not None and "momentum_buffer" not in self.state[p]]
+            for p in new if len(set(new)) == len(new) else ():
+                if not p.grad.is_sparse:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         lists = [], [], []
         options = {

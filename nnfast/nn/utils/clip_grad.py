@@ -33,7 +33,7 @@ def _ours(tensors: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor] | No
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
-    return [grad for p in parameters if (grad := p.grad) is not None]
+    return [grad for grad in [p.grad for p in parameters] if grad is not None]
 
 
 def clip_coef(
