@@ -77,9 +77,9 @@ int64_t multiply_adds(const Tensor& input, const Tensor& weight) {
 bool gemm_serves(const Tensor& input, const Tensor& weight) {
   if (!at::isReducedFloatingType(input.scalar_type()) || gemm_16_bits <= one_dnn_has(input.scalar_type())) return false;
   const int64_t work = multiply_adds(input, weight);
-  // One row, or one column, is a sum of products an element, which torch makes as fast as it reads what lies by rows.
-  const bool vector = input.size(0) == 1 || weight.size(0) == 1;
-  return work > 0 && work >= gemm_multiply_adds && !(vector && input.stride(1) == 1 && weight.stride(1) == 1);
+  // One or two rows, or columns, are sums of products, which torch makes as fast as it reads what lies by rows.
+  const bool few = std::min(input.size(0), weight.size(0)) <= 2;
+  return work > 0 && work >= gemm_multiply_adds && !(few && input.stride(1) == 1 && weight.stride(1) == 1);
 }
 
 bool one_dnn_serves(const Tensor& input, const Tensor& weight, bool has_bias) {
