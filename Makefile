@@ -62,20 +62,21 @@ bench-gpu: $(TOOLS)
 fuzz: $(TOOLS)
 	$(PYTHON) -m pytest tests/test_fuzz.py --hypothesis-profile=fuzz
 
-# The sanitized build is a package of its own, which goes before the installed one on Python's path.
+# The sanitized build is a package of its own, which goes before the installed one on Python's path. Without inlining no
+# product is fused with its sum: tests of the last digits are left out.
 SANITIZE := -O1 -march=native -DNNFAST_NO_INLINE -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all -fno-omit-frame-pointer
 SANITIZED := build/sanitize
 sanitize: $(TOOLS)
 	CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(PYTHON) setup.py --quiet build --build-base $(SANITIZED) \
 		--build-lib $(SANITIZED)/lib
-	for capability in avx2 avx512; do \
+	for capability in avx2 $$(grep -qsw avx512f /proc/cpuinfo && echo avx512); do \
 		ATEN_CPU_CAPABILITY=$$capability ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(PYTHON) -c "import sys; sys.path[0] = '$(SANITIZED)/lib'; import nnfast, pytest; \
 			assert '$(SANITIZED)' in nnfast.__file__; sys.exit(pytest.main(sys.argv[1:]))" -q \
 			tests/test_layer_norm.py tests/test_linear.py tests/test_linear_gelu.py tests/test_cross_entropy.py \
 			tests/test_attention.py tests/test_adamw.py tests/test_optimizers.py tests/test_clip_grad.py \
-			tests/test_fuzz.py tests/test_faults.py || exit 1; \
+			tests/test_fuzz.py tests/test_faults.py -k "not (no_less_accurate or (test_values and RMSprop))" || exit 1; \
 	done
 
 # The instrumented build is a package of its own too: it is the working folder, which child processes look into first.

@@ -13,6 +13,7 @@ from .harness import OURS, Case, Task
 
 OP = "optimizers"
 MODELS = ("6 tiny", "1000 of 64x64", "25M", "GPT-2")
+GOALS = ("1000 of 64x64", "GPT-2")  # what a GPU's figures are judged by
 #: variant -> the optimizer, its options, how it is clipped, passes over the parameters
 VARIANTS = {
     "Adam": ("Adam", {"lr": 1e-3}, None, 7),
@@ -22,9 +23,6 @@ VARIANTS = {
     "AdamW with max_grad_norm": ("AdamW", {"lr": 1e-3}, "option", 8),
 }
 LIMIT = 1e9  # no gradient is that large, as in most steps of a training that goes well
-
-
-GOALS = ("1000 of 64x64", "GPT-2")  # what a GPU's figures are judged by
 
 
 def cases(device: str) -> list[Case]:

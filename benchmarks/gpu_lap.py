@@ -55,13 +55,8 @@ def commands(out: Path, rehearse: bool) -> dict[str, list[list[str]]]:
 
     # Editable: nnfast.kernels lies in a folder of its own, which only an installation finds.
     build = [*python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--editable", "."]
-    train = [
-        *python,
-        "benchmarks/train_gpt.py",
-        "--record",
-        "--results",
-        str(out),
-    ]  # its picture stays where it is made
+    # Its picture stays where it is made.
+    train = [*python, "benchmarks/train_gpt.py", "--record", "--results", str(out)]
     train += ["--dtype", "bfloat16"]
     if rehearse:
         train += ["--steps", "4", "--layers", "1", "--width", "64", "--batch", "1"]

@@ -121,14 +121,18 @@ def summary(rows: list[dict]) -> list[list[str]]:
     return found
 
 
+def titled(op: str, model: str) -> str:
+    """The line of README's table that a cell is of."""
+    return APART.get(op, {}).get(model, OPS[op])
+
+
 def brief(op: str, rows: list[dict]) -> dict[tuple[str, str], str]:
     """Per title and dtype, of forward and backward together or of a step: the speedups' middle and range, and how many
     cells are lost."""
     cells: dict[tuple, list[float]] = {}
     for row in ours(rows):
         if row["direction"] in ("both", "step") and row["speedup"]:
-            title = APART.get(op, {}).get(row["model"], OPS[op])
-            cells.setdefault((title, row["dtype"]), []).append(number(row["speedup"]))
+            cells.setdefault((titled(op, row["model"]), row["dtype"]), []).append(number(row["speedup"]))
     return {
         which: f"{statistics.median(of):.2f}x ({min(of):.2f}-{max(of):.2f})"
         + f", below 1 in {sum(v < 1 for v in of)} of {len(of)}" * any(v < 1 for v in of)
@@ -426,8 +430,9 @@ def moved(folder: Path, keep: str = "") -> str:
             writer.writerow(["version", "what", "speedup", "low", "high"])
             writer.writerows([[f"{v:.4g}" if isinstance(v, float) else v for v in line] for line in lines])
     last = next((v for v in reversed(before) if v != keep), None)
-    # Where this version's ratios are the last one's own, there is nothing to compare.
-    if last is None or before[last].items() >= {w: now[w] for w in now.keys() & before[last].keys()}.items():
+    # Where all that both have are the very same ratios, there is nothing to compare.
+    both = now.keys() & before[last].keys() if last else ()
+    if all(before[last][what] == tuple(float(f"{v:.4g}") for v in now[what]) for what in both):
         return ""
     lines = [
         [what, f"{then[0]:.2f}x", f"{new[0]:.2f}x"]
@@ -505,10 +510,11 @@ def overview(folders: dict[str, Path]) -> str:
         if whole := newest_whole_steps(folder):
             parts += [f"![whole steps]({where}/steps.png)", whole_steps_overview(whole)]
     speeds: dict[tuple, dict[str, str]] = {}
-    errors = [row for folder in folders.values() for row in newest_errors(folder)]
     by_op: dict[tuple, list[float]] = {}
-    for (op, dtype, _), found in error_ratios(errors).items():
-        by_op.setdefault((OPS[op], dtype), []).extend(f[0] for f in found)
+    for folder in folders.values():
+        for (op, dtype, _), found in error_ratios(newest_errors(folder)).items():
+            for ratio, cell, _ in found:
+                by_op.setdefault((titled(op, cell[4]), dtype), []).append(ratio)
     for machine, folder in folders.items():
         for op in OPS:
             for which, said in brief(op, newest(load(folder / f"{op}.csv"))).items():
@@ -532,6 +538,7 @@ def main() -> int:
     parser.add_argument("--version", action="store_true", help="keep this version's ratios")
     keep = nnfast.__version__ if parser.parse_args().version else ""
     machines = {page(folder, keep): folder for folder in folders}
+    assert len(machines) == len(folders), "two folders hold the results of one machine"
     head, rest = README.read_text().split(MARKS[0])
     README.write_text(f"{head}{MARKS[0]}\n\n{overview(machines)}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
     print(*(f"written: {folder / 'README.md'}" for folder in folders), f"written: {README}", sep="\n")

@@ -273,7 +273,7 @@ def _calls_in(code: types.CodeType, names: dict) -> Iterator[tuple[str, str]]:
         else:
             continue
         for what in _FUNCTIONS:
-            if found is getattr(_TORCHS_F, what, None):
+            if found is not None and found is getattr(_TORCHS_F, what, None):
                 yield f"F.{what}", f"{code.co_filename}:{line}"
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

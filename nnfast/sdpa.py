@@ -39,10 +39,16 @@ def _attention(*args, **kwargs):
 
 
 AttentionInterface.register(NAME, _attention)
+try:  # Should a module make masks by the name that it sees: those of `sdpa`.
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+except ImportError:  # a version of it that has no such registry
+    pass
 
 
 class _Name(str):
-    """``sdpa`` to whoever compares it, as modules do that then add a mask of their own; ours where it is looked up."""
+    """Equal to ``sdpa``, for modules that then add a mask of their own; a dict finds ours by it, and not ``sdpa``."""
 
     __slots__ = ()
 

@@ -222,7 +222,7 @@ def changed(patch: str) -> tuple[str, str, str]:
 
 def draw(sources: list[Path], seed: int, first) -> list[tuple[str, str, str]]:
     """File, and line before and after, of all changes, in an order by chance that stays when other lines change; those
-    that `first` has go first."""
+    that `first` has go first. Of lines that are equal the first one changes."""
     found = set()
     for source in sources:
         before = (TREE / source).read_text().splitlines()

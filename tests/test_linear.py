@@ -351,7 +351,7 @@ def test_square_products(n, bias, autocast):
 def test_products_of_16_bits(dtype):
     """N1: past a block of rows, of columns and of depth; operands by rows, by columns and neither; into float."""
     numbers = {"product__gemm_16_bits": 2, "product__gemm_multiply_adds": 0}
-    sizes = [(7, 5, 3), (1050, 40, 1100), (130, 600, 257), (2, 64, 2)]
+    sizes = [(7, 5, 3), (1050, 40, 1100), (130, 600, 257), (3, 64, 3)]
     for (m, k, n), low in itertools.product(sizes, (False, True)):
         with thresholds(**(EVERY_GEMM if low else numbers)):
             for x, w in itertools.product(operands(m, k, dtype), operands(n, k, dtype)):
@@ -381,16 +381,18 @@ def operands(rows, columns, dtype):
 @pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_gemm_repeats_for_any_number_of_threads(dtype):
-    x, w = (torch.randn(*s).to(dtype) for s in ((300, 700), (130, 700)))
-    threads, found = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            with thresholds(product__gemm_16_bits=2, gemm__thread_multiply_adds=1000), served("product.gemm"):
-                found.append(torch.ops.nnfast.linear(x, w))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found)
+    """Many rows and few; of few, threads are at different blocks of k at one time."""
+    threads = torch.get_num_threads()
+    for (m, k, n), times in (((300, 700, 130), 1), ((20, 700, 1030), 100), ((5, 300, 1024), 100)):
+        x, w, found = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), []
+        try:
+            for count in (1, *(2, 3, 5) * times):
+                torch.set_num_threads(count)
+                with thresholds(product__gemm_16_bits=2, gemm__thread_multiply_adds=1000), served("product.gemm"):
+                    found.append(torch.ops.nnfast.linear(x, w))
+        finally:
+            torch.set_num_threads(threads)
+        assert all(torch.equal(found[0], other) for other in found)
 
 
 def test_repeats_to_the_bit():

@@ -31,10 +31,11 @@ struct Logits {
         size(input.size(input.dim() == 1 ? 0 : 1)),
         rows(rows_of(input.dim() > 2 ? input.movedim(1, -1) : input, size, 1)),
         target(target_.contiguous()) {
-    // In a compiled graph nobody has looked yet.
-    if (target.is_cpu() && target.scalar_type() == at::kLong) check_classes(target, size, ignore_index);
+    const bool covered =
+        cpu_kernels() && covers_cross_entropy(input, target, weight_, ignore_index, label_smoothing, dtype);
+    if (!covered) check_classes(target, size, ignore_index);  // in a compiled graph nobody has looked before
     TORCH_CHECK_NOT_IMPLEMENTED(
-        cpu_kernels() && covers_cross_entropy(input, target, weight_, ignore_index, label_smoothing, dtype),
+        covered,
         "nnfast::cross_entropy does not cover this call; nnfast.nn.functional.cross_entropy hands it to torch");
     if (defined(weight_)) weight = weight_->to(acc).contiguous();
     if (reduction == at::Reduction::Mean) total = *total_weight(target, weight_, size, ignore_index);
@@ -165,12 +166,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
     const OptTensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, at::ScalarType type, std::array<bool, 3> mask) {
-  if (target.is_cpu() && target.scalar_type() == at::kLong && linear_weight.dim() == 2)
-    check_classes(target, linear_weight.size(0), ignore_index);
-  TORCH_CHECK_NOT_IMPLEMENTED(
+  const bool covered =
       cpu_kernels() && covers_linear_cross_entropy(
-                           input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, type),
-      "nnfast::linear_cross_entropy does not cover this call; nnfast.nn.functional hands it to torch");
+                           input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, type);
+  if (!covered && linear_weight.dim() == 2) check_classes(target, linear_weight.size(0), ignore_index);
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      covered, "nnfast::linear_cross_entropy does not cover this call; nnfast.nn.functional hands it to torch");
   const int64_t rows = input.size(0), features = input.size(1), classes = linear_weight.size(0);
   const int64_t at_most = std::max<int64_t>(1, block_bytes / (classes * input.element_size()));
   const int64_t blocks = std::max<int64_t>(1, (rows + at_most - 1) / at_most), block = (rows + blocks - 1) / blocks;

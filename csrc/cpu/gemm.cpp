@@ -71,12 +71,10 @@ Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptT
         for (int64_t i = count * t / threads; i < count * (t + 1) / threads; ++i) body(t, i);
     });
   };
-  const auto lay = [&](const GemmPart& part, int64_t column) {
-    kernels.gemm_lay(f, part, laid + (part.column - column) * part.depth);
-  };
-  const auto multiply = [&](const GemmPart& whole, int64_t thread, const GemmPart& part) {
+  // b_part: where the part's columns are laid out.
+  const auto multiply = [&](const GemmPart& whole, int64_t thread, const GemmPart& part, const float* b_part) {
     const int64_t r = part.row - whole.row, n = part.column - whole.column;
-    kernels.gemm(f, part, laid + n * part.depth, sums + r * columns + n, columns, rooms + thread * a_size);
+    kernels.gemm(f, part, b_part, sums + r * columns + n, columns, rooms + thread * a_size);
   };
   for (int64_t row = 0; row < f.m; row += rows)
     for (int64_t column = 0; column < f.n; column += columns) {
@@ -94,12 +92,15 @@ Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptT
           body(part);
         }
       };
-      // Few rows: each thread lays the columns out that it alone reads, and waits for nobody.
+      // Few rows: each thread lays the columns out that it alone reads, and waits for nobody. They stay in their own
+      // part of the room also in the last block of k, which is smaller, for others may still be at the one before.
       if (row_parts == 1) {
         for_each(parts, [&](int64_t thread, int64_t i) {
-          over_depth(part_at(i), [&](const GemmPart& part) {
-            lay(part, column);
-            multiply(whole, thread, part);
+          const GemmPart own = part_at(i);
+          float* const b_part = laid + (own.column - column) * depth;
+          over_depth(own, [&](const GemmPart& part) {
+            kernels.gemm_lay(f, part, b_part);
+            multiply(whole, thread, part, b_part);
           });
         });
         continue;
@@ -108,12 +109,12 @@ Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptT
         for_each((whole.columns + panel - 1) / panel, [&](int64_t, int64_t i) {
           GemmPart part = block;
           part.column += i * panel, part.columns = std::min(panel, whole.columns - i * panel);
-          lay(part, column);
+          kernels.gemm_lay(f, part, laid + i * panel * part.depth);
         });
         for_each(parts, [&](int64_t thread, int64_t i) {
           GemmPart part = part_at(i);
           part.k0 = block.k0, part.depth = block.depth;
-          multiply(whole, thread, part);
+          multiply(whole, thread, part, laid + (part.column - column) * part.depth);
         });
       });
     }

@@ -25,6 +25,13 @@ inline uint64_t mixed(uint64_t x) {
   return x ^ x >> 31;
 }
 
+// How many threads step the tensors.
+inline int64_t threads_for(at::TensorList tensors) {
+  int64_t elements = 0;
+  for (const auto& t : tensors) elements += t.numel();
+  return std::min<int64_t>(at::get_num_threads(), elements / step_grain);
+}
+
 // Calls f(tensor, begin, end, chunk) for each chunk of each tensor, `chunk` counting through all of them. Each thread
 // has a run of them: what prefetches memory follows it longest that way.
 template <class F>
@@ -44,7 +51,7 @@ void for_each_chunk(at::TensorList tensors, F f) {
       first += n;
     }
   };
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), elements / step_grain);
+  const int64_t threads = threads_for(tensors);
   if (threads < 2) return run(0, elements);
   step_threads.taken();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -53,8 +60,9 @@ void for_each_chunk(at::TensorList tensors, F f) {
   });
 }
 
-// Whether two of the tensors, which have no gaps, share memory: then threads must not take them side by side.
+// Whether two of the tensors, which have no gaps, share memory and threads would take them side by side.
 inline bool overlap(at::TensorList tensors) {
+  if (threads_for(tensors) < 2) return false;
   std::vector<std::pair<const char*, const char*>> ranges;
   ranges.reserve(tensors.size());
   for (const auto& t : tensors)
@@ -97,7 +105,7 @@ void step_cpu(
     if (tensors[i].stochastic) tensors[i].seed = mixed(mixed((uint64_t)*a.rounding_seed + (uint64_t)t) + i);
     return (float)t;
   };
-  std::vector<float> next(steps);
+  std::vector<float> counts(steps);  // after this step
   for (size_t i = 0; i < n; ++i) {
     const Tensor& param = a.params[i];
     const Tensor* grad = &a.grads[i];
@@ -128,19 +136,19 @@ void step_cpu(
     to.clip_coef = coef;
     to.stochastic = a.rounding_seed.has_value();
     const float at = form_for(i);
-    if (steps) next[i] = at;
+    if (steps) counts[i] = at;
   }
   const auto update = cpu_kernels()->*kernel;
-  // One after another, as torch goes, where parameters share memory, or the gradients that grad_scale changes, or
-  // counts of steps: a count that has moved already is one of those.
+  // One after another, as torch goes, where parameters share memory, or gradients that grad_scale changes; or where two
+  // share a count of steps, which shows as a count that has moved already.
   bool apart = !overlap(a.params) && (grad_scale == 1 || !overlap(a.grads));
   for (size_t i = 0; i < steps && apart; ++i) {
-    if (count(i) + 1.0f == next[i]) {
+    if (count(i) + 1.0f == counts[i]) {
       count(i) += 1;
       continue;
     }
     apart = false;
-    while (i--) count(i) = next[i] - 1.0f;
+    while (i--) count(i) = counts[i] - 1.0f;
     break;
   }
   if (apart)

@@ -5,8 +5,11 @@
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/linear.h>
+#include <ATen/ops/nll_loss.h>
 #include <ATen/ops/ones.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include "../gate/autograd.h"
@@ -98,9 +101,11 @@ std::optional<double> total_weight(
 }
 
 void check_classes(const Tensor& target, int64_t classes, int64_t ignore_index) {
+  if (!target.is_cpu() || target.scalar_type() != at::kLong) return;
   const Tensor rows = target.contiguous();
   for (const int64_t y : at::IntArrayRef(rows.const_data_ptr<int64_t>(), rows.numel()))
-    TORCH_CHECK_INDEX(y == ignore_index || (y >= 0 && y < classes), "Target ", y, " is out of bounds.");
+    if (y != ignore_index && (y < 0 || y >= classes))
+      at::nll_loss(at::zeros({1, classes}), at::full({1}, y, at::kLong));
 }
 
 namespace {
@@ -327,10 +332,11 @@ struct LinearCrossEntropy {
           grad_out, saved[0], saved[1], saved[2], saved[3], saved[4], reduction, ignore_index, label_smoothing, mask);
       return {grad_input, grad_weight, grad_bias};
     }
-    // They were computed for a grad_out of 1. The last backward may take them as they are, after a look at grad_out,
-    // where nobody else has them, such as a hook that packed them.
+    // They were computed for a grad_out of 1. The last backward may take them as they are, after a look at grad_out;
+    // but of those that somebody else has too, such as a hook that packed them, it gives copies.
     variable_list out(saved.begin() + 5, saved.end());
-    const auto scaled = [&](const Tensor& grad) { return grad.defined() ? grad * grad_out : grad; };
+    const Tensor factor = grad_out.to(saved[0].scalar_type());  // so that nothing is allocated when it is used below
+    const auto scaled = [&](const Tensor& grad) { return grad.defined() ? grad * factor : grad; };
     if (!last || !ordinary(grad_out)) {
       for (Tensor& grad : out) grad = scaled(grad);
       return out;
@@ -353,7 +359,7 @@ struct LinearCrossEntropy {
       if (!alone[i])
         out[i] = copies[i];
       else if (out[i].defined())
-        out[i] = one ? out[i].detach() : out[i].detach().mul_(grad_out);
+        out[i] = one ? out[i].detach() : out[i].detach().mul_(factor);
     }
     return out;
   }

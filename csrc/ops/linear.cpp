@@ -206,8 +206,11 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
   constexpr std::array edges = {LinearNode::kInput, LinearNode::kWeight, LinearNode::kBias};
   std::array<bool, 3> mask;
   for (size_t i = 0; i < 3; ++i) mask[i] = ctx->needs_input_grad(edges[i]);
-  // For the bias's gradient nothing is saved, and a second backward finds nothing missing.
-  const auto saved = mask[0] || mask[1] ? ctx->get_saved_variables() : variable_list(2);
+  // For a bias alone nothing is saved, and a second backward finds nothing missing.
+  const auto* const self = running_node<LinearNode>();
+  const bool any =
+      !self || self->should_compute_output(LinearNode::kInput) || self->should_compute_output(LinearNode::kWeight);
+  const auto saved = any ? ctx->get_saved_variables() : variable_list(2);
   if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
   auto* const node = at::GradMode::is_enabled() || has_tangent(grads[0]) ? nullptr : running_node<LinearNode>();
   auto* const gelu = node && mask[0] ? gelu_before(*node, grads[0]) : nullptr;

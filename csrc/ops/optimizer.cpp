@@ -13,7 +13,7 @@ bool covers_step(
   if (!single(type) && (type != at::kDouble || !param.is_cpu())) return false;
   // torch keeps the step on the CPU, or with the parameter where it is capturable or fused.
   if (step) {
-    if (step->scalar_type() != at::kFloat || step->numel() != 1) return false;
+    if (step->scalar_type() != at::kFloat || step->numel() != 1 || forbidden(*step)) return false;
     if (!step->device().is_cpu() && step->device() != param.device()) return false;
   }
   if (!param.is_non_overlapping_and_dense() || forbidden(param)) return false;
@@ -29,7 +29,8 @@ bool covers_step(
     const auto of_state = t->scalar_type();
     const bool known =
         of_state == type || (single(type) && (of_state == at::kFloat || (mixed_dtypes && single(of_state))));
-    if (!known || of_state != first->scalar_type() || !there(*t) || t->strides() != param.strides()) return false;
+    if (!known || of_state != first->scalar_type() || !there(*t) || t->strides() != param.strides() || forbidden(*t))
+      return false;
   }
   if (master && master->defined())
     return type == at::kBFloat16 && param.is_cpu() && master->scalar_type() == at::kShort && there(*master) &&

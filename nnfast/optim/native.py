@@ -142,7 +142,7 @@ class NativeStep:
         )
 
 
-def _clone(t):
+def _clone(t: Tensor | float | None) -> Tensor | float | None:
     return t.detach().clone() if isinstance(t, Tensor) else t
 
 

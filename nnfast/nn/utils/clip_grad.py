@@ -33,6 +33,7 @@ def _ours(tensors: list[Tensor], norm_type: float) -> tuple[Tensor, Tensor] | No
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    # Each p.grad is asked for once, and not by := in the comprehension, which the compiler cannot read.
     return [grad for grad in [p.grad for p in parameters] if grad is not None]
 
 
