@@ -6,7 +6,7 @@
 #pragma once
 
 #include "../math/cross_entropy.h"
-#include "elementary.h"
+#include "tiles.h"
 
 namespace nnfast::NNFAST_ISA {
 
@@ -47,6 +47,23 @@ struct RowOfLogits {
 
 // So many short rows go through each step together: a row alone would wait at each for the step before it.
 constexpr int64_t kLogitRows = 32;
+
+// logit(y): the logit of the row's class.
+template <class A, class Logit>
+NNFAST_INLINE void finish_row(const CrossEntropyForward& f, int64_t row, RowOfLogits r, Logit logit) {
+  const A* weight = (const A*)f.weight;
+  if (r.max == -INFINITY) r.total = NAN;  // as -inf - -inf is
+  const int64_t y = f.target[row];
+  const double log_sum = log_from_one(r.total, A());
+  double loss = 0;
+  if (y != f.ignore_index)
+    loss = cross_entropy(
+        negative_log_softmax(logit(y), r.max, log_sum), weight ? (double)weight[y] : 1.0,
+        log_sum * r.weights + r.weighted_below, f.smoothing, (double)f.size);
+  ((A*)f.max)[row] = A(r.max);
+  ((A*)f.sum)[row] = A(r.total);
+  ((A*)f.loss)[row] = A(loss);
+}
 
 template <class T>
 NNFAST_INLINE void cross_entropy_rows(const CrossEntropyForward& f, int64_t first, int64_t rows) {
@@ -98,20 +115,19 @@ NNFAST_INLINE void cross_entropy_rows(const CrossEntropyForward& f, int64_t firs
       r.weights += weight ? (double)w.total() : (double)count;
     }
   }
-  for (int64_t row = 0; row < rows; ++row) {
-    auto& r = found[row];
-    if (r.max == -INFINITY) r.total = NAN;  // as -inf - -inf is
-    const int64_t y = f.target[first + row];
-    const double log_sum = log_from_one(r.total, A());
-    double loss = 0;
-    if (y != f.ignore_index)
-      loss = cross_entropy(
-          negative_log_softmax(value<A>(logits(row) + y), r.max, log_sum), weight ? (double)weight[y] : 1.0,
-          log_sum * r.weights + r.weighted_below, f.smoothing, (double)f.size);
-    ((A*)f.max)[first + row] = A(r.max);
-    ((A*)f.sum)[first + row] = A(r.total);
-    ((A*)f.loss)[first + row] = A(loss);
-  }
+  for (int64_t row = 0; row < rows; ++row)
+    finish_row<A>(f, first + row, found[row], [&](int64_t y) { return value<A>(logits(row) + y); });
+}
+
+// What a row's gradient is made of. An ignored row has none, unless there is a NaN in it, which shows in all of it.
+template <class A>
+NNFAST_INLINE CrossEntropyScales<double> scales_of_row(const CrossEntropyBackward& b, int64_t row) {
+  const double total = ((const A*)b.sum)[row];
+  const int64_t y = b.target[row];
+  if (y == b.ignore_index) return {0, 0, 0 / total};
+  return cross_entropy_scales(
+      (double)((const A*)b.grad)[row * b.grad_stride] / b.total_weight,
+      b.weight ? (double)((const A*)b.weight)[y] : 1.0, b.all_weights, (double)b.size, b.smoothing, total);
 }
 
 template <class T>
@@ -121,13 +137,8 @@ NNFAST_INLINE void cross_entropy_backward_row(const CrossEntropyBackward& b, int
   T* dx = (T*)b.grad_input + row * b.size;
   const A* weight = (const A*)b.weight;
   const int64_t y = b.target[row];
-  const double max = ((const A*)b.max)[row], total = ((const A*)b.sum)[row];
-  // An ignored row has no gradient, unless there is a NaN in it, which shows in all of it.
-  CrossEntropyScales<double> s{0, 0, 0 / total};
-  if (y != b.ignore_index)
-    s = cross_entropy_scales(
-        (double)((const A*)b.grad)[row * b.grad_stride] / b.total_weight, weight ? (double)weight[y] : 1.0,
-        b.all_weights, (double)b.size, b.smoothing, total);
+  const double max = ((const A*)b.max)[row];
+  const auto s = scales_of_row<A>(b, row);
   const A scale = A(s.softmax), smooth = A(s.b);
   const auto grad = [&](const T* p, int64_t i, auto part) NNFAST_LAMBDA {
     using V = typename decltype(part)::vec;
@@ -146,15 +157,115 @@ NNFAST_INLINE void cross_entropy_backward_row(const CrossEntropyBackward& b, int
   store(dx + y, at_y, First<A>{1});
 }
 
+// ---- few classes: a lane is a row ----
+//
+// A row that is shorter than some registers leaves most of their lanes empty, and its sums go across lanes. Here a
+// register holds one class of as many rows as it has lanes, and nothing goes across.
+
+constexpr int64_t kFewClasses = 32;
+using Rows = std::conditional_t<lanes<f32v> == kLogitRows / 4, Quad<float>, Pair<f32v>>;  // kLogitRows lanes
+using AllRows = Full<Rows>;
+
+// Whether the rows, which follow each other, are of this kind.
+template <class T>
+NNFAST_INLINE bool few_classes(int64_t size, int64_t stride, double smoothing) {
+  return sizeof(T) < 8 && size <= kFewClasses && stride == size && smoothing == 0;
+}
+
+// Rows or classes side by side, with room for what a register reads or writes too far.
+struct FewLogits {
+  float x[kFewClasses * kLogitRows + kLanes];
+};
+
+// by_class[c][r] = x[r][c]; of the rows that are missing, any finite number.
+template <class T>
+NNFAST_INLINE void to_classes(const T* x, int64_t rows, int64_t size, FewLogits& by_class) {
+  FewLogits wide;
+  sweep<float>(rows * size, [&](int64_t i, auto part) NNFAST_LAMBDA { store(wide.x + i, load(x + i, part), part); });
+  store(wide.x + rows * size, f32v(0.0f), Full<f32v>{});
+  if (rows < kLogitRows) by_class = {};
+  turn<kLogitRows>(wide.x, size, rows, padded(size), by_class.x);
+}
+
+// rows[r][c] = by_class[c][r].
+NNFAST_INLINE void to_rows(const FewLogits& by_class, int64_t count, int64_t size, FewLogits& rows) {
+  FewLogits apart;
+  turn<kFewClasses>(by_class.x, kLogitRows, size, kLogitRows, apart.x);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = 0; c < size; c += kLanes)
+      store(rows.x + r * size + c, load(apart.x + r * kFewClasses + c, Full<f32v>{}), Full<f32v>{});
+}
+
+template <class T>
+NNFAST_INLINE void cross_entropy_few(const CrossEntropyForward& f, int64_t first, int64_t rows) {
+  FewLogits by_class;
+  float max[kLogitRows], total[kLogitRows];
+  to_classes((const T*)f.input + first * f.size, rows, f.size, by_class);
+  Rows m(-INFINITY), s(0.0f);
+  for (int64_t c = 0; c < f.size; ++c)
+    m = at_least(load(by_class.x + c * kLogitRows, AllRows{}), m);  // passes NaN over
+  store(max, m, AllRows{});
+  // Where all logits are -inf it is the lowest number that is taken off, so that exp(-inf - ...) is 0.
+  const Rows base = at_least(m, Rows(-__FLT_MAX__));
+  for (int64_t c = 0; c < f.size; ++c) s = s + exp_of_negative(load(by_class.x + c * kLogitRows, AllRows{}) - base);
+  store(total, s, AllRows{});
+  for (int64_t row = 0; row < rows; ++row) {
+    RowOfLogits r;
+    r.max = max[row], r.total = total[row];
+    finish_row<float>(f, first + row, r, [&](int64_t y) { return (double)by_class.x[y * kLogitRows + row]; });
+  }
+}
+
+template <class T>
+NNFAST_INLINE void cross_entropy_backward_few(const CrossEntropyBackward& b, int64_t first, int64_t rows) {
+  FewLogits by_class, wide;
+  float max[kLogitRows] = {}, scale[kLogitRows] = {}, at_y[kLogitRows];
+  to_classes((const T*)b.input + first * b.size, rows, b.size, by_class);
+  for (int64_t row = 0; row < rows; ++row) {
+    const auto s = scales_of_row<float>(b, first + row);
+    max[row] = ((const float*)b.max)[first + row], scale[row] = (float)s.softmax, at_y[row] = (float)s.a;
+  }
+  const Rows m = load(max, AllRows{}), factor = load(scale, AllRows{});
+  for (int64_t c = 0; c < b.size; ++c) {
+    float* const x = by_class.x + c * kLogitRows;
+    store(x, exp_of_negative(load(x, AllRows{}) - m) * factor, AllRows{});
+  }
+  to_rows(by_class, rows, b.size, wide);
+  for (int64_t row = 0; row < rows; ++row)
+    if (const int64_t y = b.target[first + row]; y != b.ignore_index) wide.x[row * b.size + y] -= at_y[row];
+  T* const dx = (T*)b.grad_input + first * b.size;
+  sweep_lines<float>(dx, rows * b.size, b.stream, [&](int64_t i, auto part, bool past) NNFAST_LAMBDA {
+    store(dx + i, load(wide.x + i, part), part, past);
+  });
+  if (b.stream) _mm_sfence();
+}
+
 NNFAST_INLINE void cross_entropy_fwd(const CrossEntropyForward& f, int64_t begin, int64_t end) {
   visit(f.dtype, [&](auto t) {
+    using T = decltype(t);
     const int64_t at_once = std::clamp<int64_t>(kLogitChunk / f.size, 1, kLogitRows);
-    for (; begin < end; begin += at_once) cross_entropy_rows<decltype(t)>(f, begin, std::min(at_once, end - begin));
+    const bool few = few_classes<T>(f.size, f.input_stride, f.smoothing);
+    for (; begin < end; begin += at_once) {
+      const int64_t rows = std::min(at_once, end - begin);
+      if constexpr (sizeof(T) < 8)
+        if (few) {
+          cross_entropy_few<T>(f, begin, rows);
+          continue;
+        }
+      cross_entropy_rows<T>(f, begin, rows);
+    }
   });
 }
 NNFAST_INLINE void cross_entropy_bwd(const CrossEntropyBackward& b, int64_t begin, int64_t end) {
   visit(b.dtype, [&](auto t) {
-    for (; begin < end; ++begin) cross_entropy_backward_row<decltype(t)>(b, begin);
+    using T = decltype(t);
+    if constexpr (sizeof(T) < 8)
+      if (few_classes<T>(b.size, b.input_stride, b.smoothing)) {
+        for (; begin < end; begin += kLogitRows)
+          cross_entropy_backward_few<T>(b, begin, std::min(kLogitRows, end - begin));
+        return;
+      }
+    for (; begin < end; ++begin) cross_entropy_backward_row<T>(b, begin);
   });
 }
 
