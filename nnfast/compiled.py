@@ -204,6 +204,10 @@ def scaled_dot_product_attention(
         return None
     if not _known(heads == kv_heads if not enable_gqa else heads % kv_heads == 0):
         return None
+    # As in eager mode (torch_attends_sooner in csrc/gate/python.cpp).
+    lowered = torch.is_autocast_enabled("cpu") or query.dtype is not torch.float32
+    if not lowered and not torch.is_grad_enabled() and _known(queries <= 2):
+        return None
     if attn_mask is not None:
         if type(attn_mask) is not Tensor or attn_mask.device.type != "cpu" or not 2 <= attn_mask.dim() <= 4:
             return None

@@ -11,7 +11,7 @@ from common import HALF, assert_close, double, rms, served, thresholds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nnfast.nn.functional as F
-from nnfast import reference
+from nnfast import backend, reference
 
 DTYPES = (torch.float32, *HALF)
 NAMES = ("output", "query", "key", "value")
@@ -376,3 +376,16 @@ def test_a_boolean_mask_may_change_after_the_call():
             grads = torch.autograd.grad(output, (q, k, v), grad_out)
         for a, b in zip((output, *grads), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_one_query_is_torchs():
+    """In float32, without a gradient: torch is faster there. Not under autocast, whose products are of 16 bits."""
+    if not backend.native or not backend.native.cpu_kernels():
+        pytest.skip("no CPU kernels here")
+    calls = lambda: backend.native.paths()[FORWARD]  # noqa: E731
+    for queries, grad, lowered in itertools.product((1, 2, 3), (False, True), (False, True)):
+        q, k, v = randn(1, 2, queries, 8).requires_grad_(grad), randn(1, 2, 40, 8), randn(1, 2, 40, 8)
+        before = calls()
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+            F.scaled_dot_product_attention(q, k, v)
+        assert (calls() == before) == (queries < 3 and not grad and not lowered)

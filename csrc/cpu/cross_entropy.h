@@ -167,9 +167,9 @@ using Rows = std::conditional_t<lanes<f32v> == kLogitRows / 4, Quad<float>, Pair
 using AllRows = Full<Rows>;
 
 // Whether the rows, which follow each other, are of this kind.
-template <class T>
-NNFAST_INLINE bool few_classes(int64_t size, int64_t stride, double smoothing) {
-  return sizeof(T) < 8 && size <= kFewClasses && stride == size && smoothing == 0;
+template <class T, class Call>
+NNFAST_INLINE bool few_classes(const Call& f) {
+  return sizeof(T) < 8 && f.size <= kFewClasses && f.input_stride == f.size && (f.smoothing == 0 || !f.weight);
 }
 
 // Rows or classes side by side, with room for what a register reads or writes too far.
@@ -199,7 +199,7 @@ NNFAST_INLINE void to_rows(const FewLogits& by_class, int64_t count, int64_t siz
 template <class T>
 NNFAST_INLINE void cross_entropy_few(const CrossEntropyForward& f, int64_t first, int64_t rows) {
   FewLogits by_class;
-  float max[kLogitRows], total[kLogitRows];
+  float max[kLogitRows], total[kLogitRows], below[kLogitRows] = {};
   to_classes((const T*)f.input + first * f.size, rows, f.size, by_class);
   Rows m(-INFINITY), s(0.0f);
   for (int64_t c = 0; c < f.size; ++c)
@@ -209,9 +209,14 @@ NNFAST_INLINE void cross_entropy_few(const CrossEntropyForward& f, int64_t first
   const Rows base = at_least(m, Rows(-__FLT_MAX__));
   for (int64_t c = 0; c < f.size; ++c) s = s + exp_of_negative(load(by_class.x + c * kLogitRows, AllRows{}) - base);
   store(total, s, AllRows{});
+  if (f.smoothing != 0) {
+    Rows sum(0.0f);
+    for (int64_t c = 0; c < f.size; ++c) sum = sum + (base - load(by_class.x + c * kLogitRows, AllRows{}));
+    store(below, sum, AllRows{});
+  }
   for (int64_t row = 0; row < rows; ++row) {
     RowOfLogits r;
-    r.max = max[row], r.total = total[row];
+    r.max = max[row], r.total = total[row], r.weights = (double)f.size, r.weighted_below = below[row];
     finish_row<float>(f, first + row, r, [&](int64_t y) { return (double)by_class.x[y * kLogitRows + row]; });
   }
 }
@@ -219,16 +224,17 @@ NNFAST_INLINE void cross_entropy_few(const CrossEntropyForward& f, int64_t first
 template <class T>
 NNFAST_INLINE void cross_entropy_backward_few(const CrossEntropyBackward& b, int64_t first, int64_t rows) {
   FewLogits by_class, wide;
-  float max[kLogitRows] = {}, scale[kLogitRows] = {}, at_y[kLogitRows];
+  float max[kLogitRows] = {}, scale[kLogitRows] = {}, smooth[kLogitRows] = {}, at_y[kLogitRows];
   to_classes((const T*)b.input + first * b.size, rows, b.size, by_class);
   for (int64_t row = 0; row < rows; ++row) {
     const auto s = scales_of_row<float>(b, first + row);
-    max[row] = ((const float*)b.max)[first + row], scale[row] = (float)s.softmax, at_y[row] = (float)s.a;
+    max[row] = ((const float*)b.max)[first + row];
+    scale[row] = (float)s.softmax, smooth[row] = (float)s.b, at_y[row] = (float)s.a;
   }
-  const Rows m = load(max, AllRows{}), factor = load(scale, AllRows{});
+  const Rows m = load(max, AllRows{}), factor = load(scale, AllRows{}), less = load(smooth, AllRows{});
   for (int64_t c = 0; c < b.size; ++c) {
     float* const x = by_class.x + c * kLogitRows;
-    store(x, exp_of_negative(load(x, AllRows{}) - m) * factor, AllRows{});
+    store(x, exp_of_negative(load(x, AllRows{}) - m) * factor - less, AllRows{});
   }
   to_rows(by_class, rows, b.size, wide);
   for (int64_t row = 0; row < rows; ++row)
@@ -244,7 +250,7 @@ NNFAST_INLINE void cross_entropy_fwd(const CrossEntropyForward& f, int64_t begin
   visit(f.dtype, [&](auto t) {
     using T = decltype(t);
     const int64_t at_once = std::clamp<int64_t>(kLogitChunk / f.size, 1, kLogitRows);
-    const bool few = few_classes<T>(f.size, f.input_stride, f.smoothing);
+    const bool few = few_classes<T>(f);
     for (; begin < end; begin += at_once) {
       const int64_t rows = std::min(at_once, end - begin);
       if constexpr (sizeof(T) < 8)
@@ -260,7 +266,7 @@ NNFAST_INLINE void cross_entropy_bwd(const CrossEntropyBackward& b, int64_t begi
   visit(b.dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (sizeof(T) < 8)
-      if (few_classes<T>(b.size, b.input_stride, b.smoothing)) {
+      if (few_classes<T>(b)) {
         for (; begin < end; begin += kLogitRows)
           cross_entropy_backward_few<T>(b, begin, std::min(kLogitRows, end - begin));
         return;
