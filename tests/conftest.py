@@ -134,7 +134,7 @@ def cpu_kernels(request):
 
 @pytest.fixture
 def short_rows():
-    """LayerNorm's rows of less than a register, which are torch's with AVX2, are ours."""
+    """LayerNorm's shortest rows, which are torch's with AVX2, are ours."""
     from common import thresholds
 
     from nnfast import backend

@@ -290,7 +290,6 @@ def test_more_elements_than_31_bits_count():
     assert torch.equal(output[:1], F.layer_norm(row, (4096,)))
 
 
-@pytest.mark.usefixtures("short_rows")
 def test_per_sample_gradients():
     """L8: of ExpandedWeights, which stand in for the parameters."""
     m, x = nn.LayerNorm(6), torch.randn(4, 3, 6)

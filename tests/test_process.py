@@ -291,7 +291,6 @@ import os, threading, time
 import torch
 import torch.nn.functional as TF
 import nnfast.nn.functional as F
-from nnfast import backend
 
 # Were the memory taken, writing to it would end this process, or the machine.
 def watch():

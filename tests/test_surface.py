@@ -87,8 +87,8 @@ def test_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None;"
         "import torch, nnfast, nnfast.nn.functional as F;"
-        "x = torch.randn(3, 9);"
-        "torch.testing.assert_close(F.layer_norm(x, (9,)), torch.layer_norm(x, (9,)));"
+        "x = torch.randn(3, 5);"
+        "torch.testing.assert_close(F.layer_norm(x, (5,)), torch.layer_norm(x, (5,)));"
         "assert nnfast.backend.available('triton');"
         "assert nnfast.backend.available('cpu') or nnfast.backend.native.paths()['layer_norm'] == 1"
     )
