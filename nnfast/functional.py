@@ -298,7 +298,7 @@ def embedding(
     if torch.jit.is_scripting():
         return _F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     else:
-        if max_norm is None and not sparse and not is_dynamo_compiling():
+        if max_norm is None and sparse is False and not is_dynamo_compiling():
             output = _embedding(input, weight, padding_idx, scale_grad_by_freq)
             if output is not None:
                 return output

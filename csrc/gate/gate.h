@@ -87,17 +87,19 @@ inline bool unpack_string(PyObject* o, c10::string_view& out) {
   return true;
 }
 
-inline bool unpack_double(PyObject* o, double& out) {
-  if (!PyFloat_Check(o) && !PyLong_Check(o)) return false;
-  out = PyFloat_AsDouble(o);
-  if (!PyErr_Occurred()) return true;
-  return PyErr_Clear(), false;
-}
-
 inline bool unpack_int(PyObject* o, int64_t& out) {
   if (!PyLong_CheckExact(o)) return false;
   out = PyLong_AsLongLong(o);
   return PyErr_Occurred() ? (PyErr_Clear(), false) : true;
+}
+
+// A float, or an int of 64 bits. Here and there torch refuses longer ones, and bools.
+inline bool unpack_double(PyObject* o, double& out) {
+  if (PyFloat_Check(o)) return out = PyFloat_AS_DOUBLE(o), true;
+  int64_t whole;
+  if (!unpack_int(o, whole)) return false;
+  out = static_cast<double>(whole);
+  return true;
 }
 
 // A tuple or list of ints; a single int is none, as to torch's own parser.

@@ -116,7 +116,7 @@ inline bool number(PyObject* o, double& out) {
   if (!o) return false;
   if (!is_plain(o)) return unpack_double(o, out);
   const Tensor& t = THPVariable_Unpack(o);
-  if (!ordinary(t) || t.numel() != 1) return false;
+  if (!ordinary(t) || t.numel() != 1 || t.requires_grad() || t.is_complex()) return false;
   out = t.item<double>();
   return true;
 }
@@ -207,23 +207,28 @@ bool read_shared(PyObject* group, Group<Call>& out) {
 
 inline bool read_options(PyObject* group, Group<AdamWCall>& out) {
   auto& a = out.call;
-  bool amsgrad;
+  bool amsgrad, fused;  // fused: read because torch reads it
   PyObject* betas = PyDict_GetItem(group, NNFAST_KEY("betas"));
   if (!read_shared(group, out) ||
       !flags(
           group, {{NNFAST_KEY("amsgrad"), &amsgrad},
+                  {NNFAST_KEY("fused"), &fused},
                   {NNFAST_KEY("capturable"), &out.capturable},
                   {NNFAST_KEY("decoupled_weight_decay"), &a.decoupled_weight_decay}}) ||
       !numbers(group, {{NNFAST_KEY("weight_decay"), &a.weight_decay}, {NNFAST_KEY("eps"), &a.eps}}) || !betas ||
       !PyTuple_Check(betas) || PyTuple_GET_SIZE(betas) != 2)
     return false;
   out.wanted = {true, true, amsgrad, false};
-  return unpack_double(PyTuple_GET_ITEM(betas, 0), a.beta1) && unpack_double(PyTuple_GET_ITEM(betas, 1), a.beta2);
+  // Beyond these bounds torch's corrections of the bias may have no value: its errors.
+  return unpack_double(PyTuple_GET_ITEM(betas, 0), a.beta1) && unpack_double(PyTuple_GET_ITEM(betas, 1), a.beta2) &&
+         a.beta1 >= 0 && a.beta1 < 1 && a.beta2 >= 0 && a.beta2 < 1;
 }
 
 inline bool read_options(PyObject* group, Group<SgdCall>& out) {
   auto& a = out.call;
-  if (!read_shared(group, out) || !flag(group, NNFAST_KEY("nesterov"), a.nesterov) ||
+  bool fused;  // read because torch reads it
+  if (!read_shared(group, out) ||
+      !flags(group, {{NNFAST_KEY("nesterov"), &a.nesterov}, {NNFAST_KEY("fused"), &fused}}) ||
       !numbers(
           group, {{NNFAST_KEY("momentum"), &a.momentum},
                   {NNFAST_KEY("dampening"), &a.dampening},

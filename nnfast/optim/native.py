@@ -105,7 +105,7 @@ class NativeStep:
                 ids = {id(p) for p in left[i]}
                 theirs = [k for k, p in enumerate(lists[0]) if id(p) in ids]
             calls[i] = [[kind[k] for k in theirs] if kind else kind for kind in lists], options
-            if _misshapen(calls[i][0]):
+            if _suspect(*calls[i], any_dtype=self.master_weights or self.stochastic_rounding):
                 self._torch(*([_clone(t) for t in kind] for kind in calls[i][0]), **options)  # torch's error
         return calls, left
 
@@ -142,12 +142,44 @@ class NativeStep:
         )
 
 
+def _overlaps(t: Tensor) -> bool:
+    return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
+
+
 def _clone(t: Tensor | float | None) -> Tensor | float | None:
-    return t.detach().clone() if isinstance(t, Tensor) else t
+    """Another that torch refuses for the same reasons."""
+    if not isinstance(t, Tensor):
+        return t
+    with torch.inference_mode(t.is_inference()):
+        if not t.is_nested and t.layout is torch.strided and _overlaps(t):
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+        return t.detach().clone()
 
 
-def _misshapen(lists) -> bool:
-    """Whether the state is of another model, which torch finds out in the middle of the update."""
+_NUMBERS = "lr", "weight_decay", "eps", "beta1", "beta2", "momentum", "dampening", "alpha"
+
+
+def _is_number(o) -> bool:
+    if isinstance(o, Tensor):
+        return not (o.is_nested or o.is_meta or o.is_complex()) and o.layout is torch.strided and o.numel() == 1
+    return type(o) is float or (type(o) is int and o.bit_length() < 64)
+
+
+def _is_of(p: Tensor, t, any_dtype: bool) -> bool:
+    if not isinstance(t, Tensor) or t.is_nested or t.is_meta > p.is_meta or t.layout is not torch.strided:
+        return False
+    return t.shape == p.shape and (any_dtype or t.dtype == p.dtype) and not (t.is_inference() or _overlaps(t))
+
+
+def _suspect(lists: list[list], options: dict, any_dtype: bool) -> bool:
+    """Whether an option is no number, or out of its range, or the state is of another model: torch may find it out in
+    the middle of the update."""
+    betas = options.get("beta1", 0), options.get("beta2", 0)
     params, _, *state = lists
-    pairs = ((p, t) for kind in state for p, t in zip(params, kind, strict=False))
-    return any(isinstance(t, Tensor) and t.shape != p.shape and t.dim() > 0 for p, t in pairs)
+    steps = state.pop() if len(state) > 1 else []  # SGD counts none
+    return not (
+        all(_is_number(options.get(name, 0)) for name in _NUMBERS)
+        and all(isinstance(beta, Tensor) or 0 <= beta < 1 for beta in betas)
+        and all(p.is_meta or _is_number(t) for p, t in zip(params, steps, strict=False))
+        and all(_is_of(p, t, any_dtype) for kind in (params, *state) for p, t in zip(params, kind, strict=False))
+    )

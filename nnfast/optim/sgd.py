@@ -27,7 +27,8 @@ class SGD(NativeStep, torch.optim.SGD):
     _checks_capture = False
 
     def _call(self, group):
-        if group["momentum"] != 0 and group["dampening"] == 0 and not group["differentiable"] and not is_compiling():
+        undamped = isinstance(group["dampening"], int | float) and group["dampening"] == 0
+        if group["momentum"] != 0 and undamped and not self.defaults["differentiable"] and not is_compiling():
             # torch starts with a copy of the gradient, which is what a step from zero leaves; with one for each time
             # that a parameter is in the group.
             new = [p for p in group["params"] if p.grad is not None and "momentum_buffer" not in self.state[p]]

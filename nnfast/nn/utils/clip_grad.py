@@ -47,6 +47,11 @@ def clip_coef(
     return backend.native.clip_coef(tensors, max_norm, grad_scale, scales)
 
 
+def _is_flag(foreach: bool | None) -> bool:
+    """Whether torch takes it for one: of anything else it asks more."""
+    return foreach is None or isinstance(foreach, bool)
+
+
 def _check_finite(norm: Tensor, tensors: list[Tensor], norm_type: float) -> None:
     if not norm.isfinite():
         _get_total_norm(tensors, norm_type, error_if_nonfinite=True)  # torch's error
@@ -57,7 +62,7 @@ def get_total_norm(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=Non
     with torch.no_grad():
         tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
         norm_type = float(norm_type)
-        if not tensors:
+        if not tensors or not _is_flag(foreach):
             return _get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
         norm, exact = total_norm(tensors, norm_type)
         if error_if_nonfinite:
@@ -80,7 +85,7 @@ def clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=None):
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         grads = _gradients(parameters)
         plain = type(total_norm) is Tensor and total_norm.dim() == 0
-        if not plain or not _scale(grads, float(max_norm), total_norm):
+        if not plain or not _is_flag(foreach) or not _scale(grads, float(max_norm), total_norm):
             if grads:
                 backend.torch_serves("clip_grads_with_norm_")
             _clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
@@ -98,11 +103,13 @@ def clip_grad_norm_(parameters, max_norm, norm_type=2.0, error_if_nonfinite=Fals
                 return _torch.clip_grad_norm_((p for p in ()), max_norm, norm_type, error_if_nonfinite, foreach)
         grads = _gradients(parameters)
         # With error_if_nonfinite the norm may raise, which must come before any change: below, the host waits for it.
-        if norm_type == 2 and isinstance(max_norm, (int, float)) and not error_if_nonfinite:
+        two = isinstance(norm_type, (int, float)) and norm_type == 2
+        if two and isinstance(max_norm, (int, float)) and not error_if_nonfinite:
             found = clip_coef(grads, float(max_norm), scales=True)
             if found is not None:
                 return found[0]
-        norms = _ours(grads, float(norm_type)) if grads and grads[0].device.type == "cpu" else None
+        on_cpu = grads and grads[0].device.type == "cpu" and _is_flag(foreach)
+        norms = _ours(grads, float(norm_type)) if on_cpu else None
         if norms is None:
             if grads:
                 backend.torch_serves("clip_grad_norm_")

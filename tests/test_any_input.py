@@ -1,0 +1,353 @@
+"""Whatever anybody passes: each argument of each op, option of an optimizer and entry of its state is replaced by
+values of other kinds, one at a time, and the outcome is torch's: the same error, type and text, or the same numbers
+(L3, G1, A1, O1)."""
+
+import copy
+import decimal
+import fractions
+
+import numpy
+import pytest
+import torch
+import torch.nn.functional as TF
+from common import served, thresholds
+
+import nnfast.nn.functional as F
+from nnfast import optim
+from nnfast.nn.utils import clip_grad
+
+pytestmark = [pytest.mark.usefixtures("some_kernels"), pytest.mark.filterwarnings("ignore")]
+
+
+class Mine(torch.Tensor):
+    pass
+
+
+def inference(t):
+    with torch.inference_mode():
+        return t.detach().clone()
+
+
+# What may stand in a tensor's place.
+TENSORS = {
+    "none": lambda t: None,
+    "number": lambda t: 1.0,
+    "list": lambda t: t.tolist(),
+    "numpy": lambda t: t.detach().numpy(),
+    "float64": lambda t: t.double(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "int32": lambda t: t.int(),
+    "bool": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64),
+    "meta": lambda t: t.to("meta"),
+    "sparse": lambda t: t.detach().to_sparse(),
+    "mkldnn": lambda t: t.detach().to_mkldnn() if t.dtype is torch.float32 and t.dim() else None,
+    "quantized": lambda t: torch.quantize_per_tensor(t.detach().float(), 0.1, 0, torch.quint8),
+    "nested": lambda t: torch.nested.nested_tensor([t.detach(), t.detach()]),
+    "no elements": lambda t: t.flatten()[:0] if t.dim() < 2 else t[:0],
+    "no dimension": lambda t: t.flatten()[0],
+    "a dimension more": lambda t: t[None],
+    "two more": lambda t: t[None, None],
+    "one dimension": lambda t: t.flatten(),
+    "less": lambda t: t[..., :-1] if t.dim() else None,
+    "more": lambda t: torch.stack([t, t]) if t.dim() == 0 else torch.cat([t, t], -1),
+    "more rows": lambda t: torch.stack([t, t]) if t.dim() == 0 else torch.cat([t, t]),
+    "transposed": lambda t: t.mT if t.dim() > 1 else t,
+    "turned": lambda t: t.mT.contiguous().mT if t.dim() > 1 else t,
+    "expanded": lambda t: t[:1].expand_as(t) if t.dim() else t,
+    "gaps": lambda t: torch.stack([t, t], -1)[..., 0],
+    "negative": lambda t: torch.complex(t, -t).conj().imag if t.is_floating_point() else -t,
+    "mine": lambda t: t.detach().as_subclass(Mine),
+    "parameter": lambda t: torch.nn.Parameter(t.detach(), requires_grad=t.is_floating_point()),
+    "buffer": lambda t: torch.nn.Buffer(t.detach()),
+    "gradient": lambda t: t.detach().clone().requires_grad_(t.is_floating_point()),
+    "frozen": lambda t: t.detach(),
+    "inference": inference,
+}
+# What may stand in the place of anything else.
+OTHERS = {
+    "none": None,
+    "text": "mean",
+    "other text": "tanh",
+    "no such text": "average",
+    "0": 0,
+    "1": 1,
+    "-1": -1,
+    "2.5": 2.5,
+    "true": True,
+    "large": 2**70,
+    "nan": float("nan"),
+    "inf": float("inf"),
+    "complex": 1j,
+    "float32": numpy.float32(0.25),
+    "float64": numpy.float64(0.25),
+    "int64": numpy.int64(1),
+    "fraction": fractions.Fraction(1, 4),
+    "decimal": decimal.Decimal("0.25"),
+    "tensor": torch.tensor(0.25),
+    "count": torch.tensor(1),
+    "two": torch.tensor([1, 2]),
+    "gradient": torch.tensor(0.25, requires_grad=True),
+    "mine": torch.tensor(0.25).as_subclass(Mine),
+    "tuple": (8,),
+    "list": [8],
+    "size": torch.Size([6, 8]),
+    "text in a tuple": ("8",),
+    "tensor in a tuple": (torch.tensor(8),),
+    "pair": (0.5, 0.75),
+    "object": object(),
+}
+
+
+def torchs_linear_gelu(input, weight, bias=None, approximate="none"):
+    return TF.gelu(TF.linear(input, weight, bias), approximate=approximate)
+
+
+def arguments():
+    """Of each op: ours, torch's, its arguments by name."""
+    torch.manual_seed(0)
+    x, wide, w, b = torch.randn(5, 6, 8), torch.randn(7, 8), torch.randn(8), torch.randn(8)
+    x, wide, w, b = (t.requires_grad_() for t in (x, wide, w, b))
+    q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    logits, target = torch.randn(6, 9, requires_grad=True), torch.randint(9, (6,))
+    loss = {"target": target, "weight": None, "ignore_index": -100, "reduction": "mean", "label_smoothing": 0.0}
+    linear = {"input": x, "weight": wide, "bias": torch.randn(7, requires_grad=True)}
+    return {
+        "layer_norm": (
+            TF.layer_norm,
+            {"input": x, "normalized_shape": (8,), "weight": w, "bias": b, "eps": 1e-5},
+        ),
+        "gelu": (TF.gelu, {"input": x, "approximate": "none"}),
+        "linear": (TF.linear, linear),
+        "linear_gelu": (torchs_linear_gelu, {**linear, "approximate": "none"}),
+        "cross_entropy": (TF.cross_entropy, {"input": logits, **loss}),
+        "embedding": (
+            TF.embedding,
+            {"input": target, "weight": torch.randn(9, 8, requires_grad=True), "padding_idx": 0}
+            | {"max_norm": None, "norm_type": 2.0, "scale_grad_by_freq": False, "sparse": False},
+        ),
+        "scaled_dot_product_attention": (
+            TF.scaled_dot_product_attention,
+            {"query": q, "key": k, "value": v, "attn_mask": torch.randn(5, 5), "dropout_p": 0.0}
+            | {"is_causal": False, "scale": 0.3, "enable_gqa": False},
+        ),
+        "linear_cross_entropy": (
+            getattr(TF, "linear_cross_entropy", None),
+            {"input": torch.randn(6, 8, requires_grad=True), "linear_weight": torch.randn(9, 8, requires_grad=True)}
+            | {"target": target, "reduction": "mean", "label_smoothing": 0.1, "ignore_index": -100},
+        ),
+    }
+
+
+def replaced(values):
+    """(name and kind, values with one of them replaced), for each value and whatever may stand in its place."""
+    for name, value in values.items():
+        for kind, other in TENSORS.items() if isinstance(value, torch.Tensor) else OTHERS.items():
+            try:
+                other = other(value) if isinstance(value, torch.Tensor) else copy.copy(other)
+            except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+                continue  # there is no such tensor
+            yield f"{name}: {kind}", {**values, name: other}
+
+
+def outcome(call):
+    try:
+        return call()
+    except Exception as e:
+        return type(e), str(e)
+
+
+def with_gradients(function, values, by_position=3):
+    """The output and its gradients; the first arguments by position, which torch's errors name."""
+
+    def call():
+        torch.manual_seed(0)
+        leaves = [t for t in values.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+        output = function(*list(values.values())[:by_position], **dict(list(values.items())[by_position:]))
+        if not leaves or not output.requires_grad:
+            return output
+        return [output, *torch.autograd.grad(output.sum(), leaves, allow_unused=True)]
+
+    return call
+
+
+def plain(t):
+    """The values, where the tensor has any, in float64."""
+    if t.is_nested:
+        t = torch.cat([u.flatten() for u in t.unbind()])
+    return (t.dequantize() if t.is_quantized else t.detach().to_dense()).double()
+
+
+def assert_same(ours, torchs, what):
+    """Of errors, type and text; of tensors, values to a few roundings (how near they are is for other tests)."""
+    if isinstance(torchs, tuple) or isinstance(ours, tuple):
+        assert ours == torchs, what
+    elif isinstance(torchs, list):
+        assert len(ours) == len(torchs), what
+        for a, b in zip(ours, torchs, strict=True):
+            assert_same(a, b, what)
+    elif torchs is None:
+        assert ours is None, what
+    else:
+        assert (type(ours), ours.dtype, ours.device, ours.layout) == (
+            (type(torchs), torchs.dtype, torchs.device, torchs.layout)
+        ), what
+        assert torchs.is_nested or ours.shape == torchs.shape, what
+        if not torchs.is_meta and torchs.numel():
+            ours, torchs = plain(ours), plain(torchs)
+            size = max([1.0, *torchs[torchs.isfinite()].abs().tolist()])
+            few = 2**-6 if "bfloat16" in what else 2**-20
+            torch.testing.assert_close(
+                ours, torchs, rtol=0, atol=few * size, equal_nan=True, msg=lambda m: f"{what}\n{m}"
+            )
+
+
+# How many arguments' positions torch's errors name.
+NAMED = {"gelu": 1, "linear": 3, "scaled_dot_product_attention": 3}
+
+
+@pytest.mark.parametrize("name", [name for name, (theirs, _) in arguments().items() if theirs])
+def test_any_argument(name):
+    theirs, values = arguments()[name]
+    ours = getattr(F, name)
+    with thresholds(embedding__table_bytes=0), served(name):
+        ours(**values)
+    for what, given in replaced(values):
+        if what == "scale: large":
+            continue  # the softmax of one number is 1, and its gradient noise times 2 ** 70
+        with thresholds(embedding__table_bytes=0):
+            results = [outcome(with_gradients(function, given, NAMED.get(name, 0))) for function in (ours, theirs)]
+        assert_same(*results, what)
+
+
+CALL = {"Adam": "adamw_"}
+OPTIONS = {
+    "AdamW": {"amsgrad": True},
+    "Adam": {"weight_decay": 0.1},
+    "SGD": {"momentum": 0.9, "weight_decay": 0.1},
+    "RMSprop": {"momentum": 0.9, "centered": True},
+}
+
+
+def begun(optimizer_class, options, dtype=torch.float32):
+    """An optimizer of two parameters after a step, and gradients for the next."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(3, 4).to(dtype)) for _ in range(2)]
+    optimizer = optimizer_class(params, lr=0.1, **options)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn(3, 4).to(dtype)
+        if not optimizer.state:
+            optimizer.step()
+    return optimizer, params
+
+
+def after_a_step(name, spoil):
+    """What a step gives after ``spoil(optimizer, first parameter)``, with nnfast's and with torch's: the error, or
+    parameters and state."""
+    results = []
+    for module in (optim, torch.optim):
+        optimizer, params = begun(getattr(module, name), {**OPTIONS[name], "foreach": False})
+        before = [p.detach().clone() for p in params]
+        spoil(optimizer, params[0])
+        result = outcome(optimizer.step)
+        if module is optim and isinstance(result, tuple):
+            same = all(torch.equal(a, b) for a, b in zip(params, before, strict=True))
+            assert same, f"half a step: {spoil.__defaults__} {result}"
+        if result is None:
+            states = [optimizer.state[p] for p in params]
+            result = [p.detach() for p in params]
+            result += [v for s in states for v in s.values() if isinstance(v, torch.Tensor)]
+        results.append(result)
+    return results
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_any_option(name):
+    group = begun(getattr(torch.optim, name), OPTIONS[name])[0].param_groups[0]
+    with served(CALL.get(name, f"{name.lower()}_")):
+        begun(getattr(optim, name), OPTIONS[name])
+    for key in group:
+        if key == "params":
+            continue
+
+        def delete(optimizer, p, key=key):
+            del optimizer.param_groups[0][key]
+
+        assert_same(*after_a_step(name, delete), f"no {key}")
+        for kind, other in OTHERS.items():
+
+            def replace(optimizer, p, key=key, other=other):
+                optimizer.param_groups[0][key] = other
+
+            assert_same(*after_a_step(name, replace), f"{key}: {kind}")
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_any_state(name):
+    optimizer, params = begun(getattr(torch.optim, name), OPTIONS[name])
+    with served(CALL.get(name, f"{name.lower()}_")):
+        begun(getattr(optim, name), OPTIONS[name])
+    for key in optimizer.state[params[0]]:
+
+        def delete(optimizer, p, key=key):
+            del optimizer.state[p][key]
+
+        assert_same(*after_a_step(name, delete), f"no {key}")
+        for kind, other in TENSORS.items():
+
+            def replace(optimizer, p, key=key, other=other):
+                optimizer.state[p][key] = other(optimizer.state[p][key])
+
+            assert_same(*after_a_step(name, replace), f"{key}: {kind}")
+
+
+CLIPPING = ("get_total_norm", "clip_grad_norm_", "clip_grads_with_norm_")
+
+
+@pytest.mark.parametrize("name", CLIPPING)
+def test_any_clipping(name):
+    """Its numbers and, where the function takes tensors, each of them; and each list of them."""
+
+    def parameters():
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(n)) for n in (3, 40)]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        return params
+
+    def given():
+        params = parameters()
+        if name == "get_total_norm":
+            return {"tensors": [p.grad for p in params], "norm_type": 2.0, "error_if_nonfinite": False, "foreach": None}
+        if name == "clip_grads_with_norm_":
+            return {"parameters": params, "max_norm": 1.0, "total_norm": torch.tensor(7.0), "foreach": None}
+        return {"parameters": params, "max_norm": 1.0, "norm_type": 2.0, "error_if_nonfinite": False, "foreach": None}
+
+    def results(change):
+        for module in (clip_grad, torch.nn.utils):
+            values = given()
+            params = values.get("parameters", [])
+            change(values)
+
+            def call(module=module, values=values, params=params):
+                output = getattr(module, name)(**values)
+                return [output, *(p.grad for p in params)]
+
+            yield outcome(call)
+
+    with served("total_norm" if name != "clip_grads_with_norm_" else "scale_"):
+        getattr(clip_grad, name)(**given())
+    for key, value in given().items():
+        for kind, other in TENSORS.items() if isinstance(value, torch.Tensor) else OTHERS.items():
+
+            def replace(values, key=key, other=other):
+                values[key] = other(values[key]) if isinstance(values[key], torch.Tensor) else other
+
+            assert_same(*results(replace), f"{key}: {kind}")
+    for kind, other in TENSORS.items() if name == "get_total_norm" else ():
+
+        def replace_first(values, other=other):
+            values["tensors"][0] = other(values["tensors"][0])
+
+        assert_same(*results(replace_first), f"first: {kind}")
