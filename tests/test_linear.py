@@ -196,6 +196,7 @@ def test_what_the_backward_reads_is_checked():
         (grad[0], x, w, every),
         (grad.long(), x.long(), w.long(), every),
         (torch.tensor(1.0), None, None, (False, False, True)),
+        (torch.tensor(1.0), x, w, every),
     ):
         with pytest.raises(RuntimeError, match="nnfast::linear_backward"):
             torch.ops.nnfast.linear_backward(*args)
