@@ -137,10 +137,14 @@ def _norm(tensors: list[Tensor], dtype: torch.dtype, coef: Tensor | None, max_no
             return norm
         parts = torch.empty(len(chunks), dtype=torch.float32, device=norm.device)
         stream = torch.cuda.current_stream(norm.device).cuda_stream if norm.is_cuda else 0
-        if (norm.device, stream) not in _done:
-            _done[norm.device, stream] = torch.zeros(1, dtype=torch.int32, device=norm.device)
+        done = _done.get((norm.device, stream))
+        if done is None:
+            done = torch.zeros(1, dtype=torch.int32, device=norm.device)
+            # In a graph that is being captured the zero is yet to be written: it is the graph's alone.
+            if not (norm.is_cuda and torch.cuda.is_current_stream_capturing()):
+                _done[norm.device, stream] = done
         norm_kernel[(len(chunks),)](
-            table, chunks, len(tensors), parts, _done[norm.device, stream], max_norm, grad_scale, norm, coef,
+            table, chunks, len(tensors), parts, done, max_norm, grad_scale, norm, coef,
             PRESENT=present, CHUNK=adamw.CHUNK, PARTS=PARTS, num_warps=_warps(),
         )  # fmt: skip
     return norm

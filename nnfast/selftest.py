@@ -166,9 +166,10 @@ def _linear_gelu(at: Where) -> None:
     torchs = torch.nn.functional
     # Sizes that a product on a GPU's tensor cores takes, and sizes that it does not.
     cases = [(7, 33, 17, "none"), (70, 64, 136, "tanh")]
-    if at.processors:  # and for each tile of csrc/cuda/linear_gelu_sm90a.cu
-        cases += [(128 * (at.processors // 8 + 1), 64, 1024, "none")]
-        cases += [(128 * (at.processors // 4 + 1), n, 2048, "none") for n in (64, 16384)]
+    if at.processors:  # and for each kernel of csrc/cuda/linear_gelu_sm90a.cu
+        for approximate in ("none", "tanh"):
+            cases += [(70, 64, 136, approximate), (128 * (at.processors // 8 + 1), 64, 1024, approximate)]
+            cases += [(128 * (at.processors // 4 + 1), n, 2048, approximate) for n in (64, 16384)]
     for rows, n, out, approximate in cases:
         ours = lambda x, w, b, a=approximate: F.linear_gelu(x, w, b, a)  # noqa: E731
         its = lambda x, w, b, a=approximate: torchs.gelu(torchs.linear(x, w, b), approximate=a)  # noqa: E731
@@ -194,10 +195,14 @@ def _linear(at: Where) -> None:
     def mlp(linear: Callable, gelu: Callable, approximate: str) -> Callable:
         return lambda x, w, b, v: linear(gelu(linear(x, w, b), approximate=approximate), v)
 
+    def by_columns(linear: Callable) -> Callable:
+        return lambda x, w, *b: linear(x, w.t().contiguous().t() if w.size(0) == 64 else w, *b)
+
     # One that reads a GELU, whose gradient it works out on a GPU; sizes as for linear_gelu.
-    for (rows, n, out), approximate in zip(((7, 33, 17), (200, 64, 136)), ("none", "tanh"), strict=True):
-        at.same(mlp(F.linear, F.gelu, approximate), mlp(torchs.linear, torchs.gelu, approximate),
-                (rows, n), (out, n), (out,), (n, out))  # fmt: skip
+    for rows, n, out, approximate in [(7, 33, 17, "none"), (200, 64, 136, "tanh"), (200, 64, 136, "none")]:
+        for lies in (lambda linear: linear, by_columns):
+            at.same(mlp(lies(F.linear), F.gelu, approximate), mlp(lies(torchs.linear), torchs.gelu, approximate),
+                    (rows, n), (out, n), (out,), (n, out))  # fmt: skip
 
 
 def _linear_cross_entropy(at: Where) -> None:
@@ -312,7 +317,8 @@ def _gpu(device: int) -> list[str]:
 
 def right(op: str, backend: str, device: int, dtype: str, size: int) -> bool | None:
     """Whether the kernels of ``backend`` for ``op`` are right on a GPU, in a dtype and for rows of ``size`` (a power
-    of two, by which a kernel is launched); None while a graph is captured, which must not record the test."""
+    of two, by which a kernel is launched); None while a graph is captured, which must not record the test, and where
+    there is no memory for it."""
     asked = op, backend, device, dtype, size
     if asked in _known:
         return _known[asked]
@@ -328,6 +334,8 @@ def right(op: str, backend: str, device: int, dtype: str, size: int) -> bool | N
             passed = said.get("passed", []) if said.get("key") == key else []
             entry = [*_gpu(device), op, backend, dtype, size]
             why = "" if entry in passed else _fails(op, device, dtype, size)
+            if why is None:
+                return None
             _known[asked] = not why
             if why:
                 warnings.warn_explicit(
@@ -340,9 +348,9 @@ def right(op: str, backend: str, device: int, dtype: str, size: int) -> bool | N
     return _known[asked]
 
 
-def _fails(op: str, device: int, dtype: str, size: int) -> str:
-    """Why they are wrong; or "". They run in a thread of its own, without the caller's modes, hooks, autocast and
-    streams, so what they save for a backward is not counted with what the caller saves."""
+def _fails(op: str, device: int, dtype: str, size: int) -> str | None:
+    """Why they are wrong; or "", or None where memory ran out. They run in a thread of its own, without the caller's
+    modes, hooks, autocast and streams, so what they save for a backward is not counted with what the caller saves."""
     from nnfast import backend
 
     said = []
@@ -355,10 +363,19 @@ def _fails(op: str, device: int, dtype: str, size: int) -> str:
             if device >= 0:
                 torch.cuda.synchronize(device)
             said.append("")
+        except torch.OutOfMemoryError:
+            said.append(None)
         except Exception as e:
             said.append(f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"[:200])
 
     thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
+    debug = torch.cuda.get_sync_debug_mode() if device >= 0 else 0
+    try:
+        if debug:  # comparing waits for the GPU, which is no fault of the user's step
+            torch.cuda.set_sync_debug_mode(0)
+        thread.start()
+        thread.join()
+    finally:
+        if debug:
+            torch.cuda.set_sync_debug_mode(debug)
     return said[0] if said else "no answer"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from common import served, thresholds
+from torch.utils._pytree import tree_leaves, tree_map
 
 import nnfast.nn.functional as F
 from nnfast import optim
@@ -351,3 +352,88 @@ def test_any_clipping(name):
             values["tensors"][0] = other(values["tensors"][0])
 
         assert_same(*results(replace_first), f"first: {kind}")
+
+
+def calls():
+    """A call of each op of ours: its name and its arguments, in order."""
+    torch.manual_seed(0)
+    x, wide, bias = torch.randn(5, 6, 8), torch.randn(7, 8), torch.randn(7)
+    w, b, g, pre = torch.randn(8), torch.randn(8), torch.randn(5, 6, 8), torch.randn(5, 6, 7)
+    q, k, v, mask = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(5, 5)
+    logits, target, weight = torch.randn(6, 9), torch.randint(9, (6,)), torch.rand(9)
+    input, linear_weight, linear_bias = torch.randn(6, 8), torch.randn(9, 8), torch.randn(9)
+    ops = torch.ops.nnfast
+    every, loss = (True, True, True), (1, -100, 0.1)
+    stats = ops.layer_norm(x, (8,), w, b, 1e-5)[1]
+    attended = ops.scaled_dot_product_attention(q, k, v, mask)
+    of_loss = ops.cross_entropy(logits, target, weight, *loss)[1]
+    return {
+        "layer_norm": (x, (8,), w, b, 1e-5),
+        "layer_norm_backward": (g, x, (8,), stats, w, b, every),
+        "gelu": (x,),
+        "gelu_backward": (g, x),
+        "gelu_backward_sum": (g, x),
+        "gelu_linear_backward": (pre, wide, g),
+        "linear": (x, wide, bias),
+        "linear_backward": (pre, x, wide, every),
+        "linear_gelu": (x, wide, bias),
+        "cross_entropy": (logits, target, weight, *loss),
+        "cross_entropy_backward": (torch.tensor(2.0), logits, of_loss, target, weight, *loss),
+        "cross_entropy_backward_": (torch.tensor(2.0), logits, of_loss, target, weight, *loss),
+        "linear_cross_entropy": (input, linear_weight, target, linear_bias, weight, *loss),
+        "linear_cross_entropy_backward": (
+            (torch.tensor(2.0), input, linear_weight, target, linear_bias, weight, *loss, every)
+        ),
+        "embedding": (linear_weight, target, 1, True),
+        "scaled_dot_product_attention": (q, k, v, mask, False),
+        "scaled_dot_product_attention_backward": (torch.randn_like(q), q, k, v, mask, *attended, False),
+        "total_norm": ([x, w], 2.0),
+        "scale_": ([x, w], 0.5),
+        "scale_by_": ([x, w], torch.tensor(0.5)),
+        "clip_coef": ([x, w], 1.0, torch.tensor(2.0)),
+    }
+
+
+def own_copies(args):
+    """The same values in tensors that lie as torch makes them."""
+    return tree_map(lambda t: t.detach().clone().contiguous() if isinstance(t, torch.Tensor) else t, args)
+
+
+@pytest.mark.parametrize("name", calls())
+def test_any_call_of_an_op(name):
+    """An op that anybody can call refuses what does not fit it, or gives what it gives for contiguous copies; in place
+    too. What does not fit is never read beyond its end: conftest.py has NaN there, and `make sanitize` looks as well."""
+    op, args = getattr(torch.ops.nnfast, name), calls()[name]
+    keywords = {"output_mask": (True, True, True)} if name == "scaled_dot_product_attention_backward" else {}
+
+    def results(given):
+        changed = tree_map(lambda t: t, given)
+        outcome_ = outcome(lambda: op(*changed, **keywords))
+        if isinstance(outcome_, tuple) and isinstance(outcome_[0], type):
+            assert issubclass(outcome_[0], (RuntimeError, TypeError, ValueError, IndexError)), outcome_
+            return outcome_
+        tensors = [t for t in tree_leaves([outcome_, changed]) if isinstance(t, torch.Tensor)]
+        return [t if t.is_floating_point() else None for t in tensors]
+
+    served_at_all = 0
+    for i, value in enumerate(args):
+        several = isinstance(value, list)
+        tensor = value[0] if several else value
+        for kind, other in TENSORS.items() if isinstance(tensor, torch.Tensor) else OTHERS.items():
+            if kind in ("mine", "parameter", "buffer", "gradient", "inference"):
+                continue
+            try:
+                other = other(tensor) if isinstance(tensor, torch.Tensor) else other
+            except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+                continue
+            given = [*own_copies(args[:i]), [other, *own_copies(value[1:])] if several else other]
+            given += own_copies(args[i + 1 :])
+            if not all(t.layout is torch.strided for t in tree_leaves(given) if isinstance(t, torch.Tensor)):
+                copies = given  # what is sparse stays so
+            else:
+                copies = own_copies(given)
+            ours = results(given)
+            if isinstance(ours, list):
+                assert_same(ours, results(copies), f"{name} {i}: {kind}")
+                served_at_all += 1
+    assert served_at_all > 1

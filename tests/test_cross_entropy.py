@@ -88,9 +88,9 @@ def test_layouts(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_past_the_caches(dtype):
     """C1: a gradient that is written past the caches, from wherever a line begins."""
-    for classes, offset in itertools.product((5, 31, 70, 2111), (0, 1, 5)):
+    for classes, offset in itertools.product((33, 70, 2111), (0, 1, 5)):
         x = torch.randn(3 * classes + offset).to(dtype)[offset:].view(3, classes).requires_grad_()
-        with thresholds(stream_bytes=0), served("streamed"):
+        with thresholds(stream_bytes=0, cross_entropy__streamed_row_bytes=0), served("streamed"):
             compare(x, torch.randint(classes, (3,)), {"label_smoothing": 0.1})
 
 

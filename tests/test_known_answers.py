@@ -109,6 +109,24 @@ def test_an_error_is_no_users(asked, monkeypatch):
         layer_norm()
 
 
+def test_memory_that_runs_out_is_no_answer(asked, monkeypatch):
+    """Torch serves without a word, and it is asked again at the next call."""
+
+    def full(where):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    answer = selftest.ANSWERS["layer_norm"]
+    monkeypatch.setitem(selftest.ANSWERS, "layer_norm", full)
+    before = backend.native.paths()["layer_norm"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer_norm()
+    assert backend.native.paths()["layer_norm"] == before
+    monkeypatch.setitem(selftest.ANSWERS, "layer_norm", answer)
+    with served("layer_norm"):
+        layer_norm()
+
+
 def test_not_within_a_capture(asked, monkeypatch):
     """Nothing may be launched beside the graph: torch serves, and it is asked afterwards."""
     monkeypatch.setattr(selftest, "_capturing", lambda device: True)

@@ -522,15 +522,18 @@ def test_transformer_encoder_layer():
 
 @pytest.fixture
 def works_ahead():
-    """A GPU's kernel of ``gelu_linear_backward``, for which the ops of a CPU stand in."""
-    library = torch.library.Library("nnfast", "IMPL")
+    """A GPU's kernel of ``gelu_linear_backward``, for which the ops of a CPU stand in; it fails while the list that is
+    given holds something."""
+    library, fails = torch.library.Library("nnfast", "IMPL"), []
 
     def backward(grad_output, weight, self, *, approximate="none"):
+        if fails:
+            raise MemoryError
         grad = (grad_output @ weight).contiguous()
         return grad, *torch.ops.nnfast.gelu_backward_sum(grad, self.contiguous(), approximate=approximate)
 
     library.impl("gelu_linear_backward", backward, "CPU")
-    yield
+    yield fails
     library._destroy()
 
 
@@ -687,6 +690,26 @@ def test_a_gradient_worked_ahead_again_and_twice():
         first = torch.autograd.grad(f(*leaves).square().sum(), leaves, create_graph=True)
         second.append(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
     torch.testing.assert_close(*second, rtol=0.1, atol=1.0)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_gradient_worked_ahead_that_fails(works_ahead):
+    """Its Linear has let its input go, as torch's has when the GELU's backward fails: torch's error for a second try.
+    With retain_graph there is one."""
+    leaves = mlp_leaves(torch.bfloat16)
+    for retain in (False, True):
+        y = mlp(F.linear, F.gelu)(*leaves).sum()
+        works_ahead.append("memory")
+        with pytest.raises(MemoryError):
+            torch.autograd.grad(y, leaves, retain_graph=retain)
+        works_ahead.clear()
+        if not retain:
+            with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+                torch.autograd.grad(y, leaves)
+        else:
+            with served(*AHEAD):
+                assert all(map(torch.equal, torch.autograd.grad(y, leaves), torch.autograd.grad(
+                    mlp(F.linear, F.gelu)(*leaves).sum(), leaves)))  # fmt: skip
 
 
 @pytest.mark.torch_serves("on a CPU it is torch's ops")

@@ -240,10 +240,7 @@ NNFAST_INLINE void cross_entropy_backward_few(const CrossEntropyBackward& b, int
   for (int64_t row = 0; row < rows; ++row)
     if (const int64_t y = b.target[first + row]; y != b.ignore_index) wide.x[row * b.size + y] -= at_y[row];
   T* const dx = (T*)b.grad_input + first * b.size;
-  sweep_lines<float>(dx, rows * b.size, b.stream, [&](int64_t i, auto part, bool past) NNFAST_LAMBDA {
-    store(dx + i, load(wide.x + i, part), part, past);
-  });
-  if (b.stream) _mm_sfence();
+  sweep<float>(rows * b.size, [&](int64_t i, auto part) NNFAST_LAMBDA { store(dx + i, load(wide.x + i, part), part); });
 }
 
 NNFAST_INLINE void cross_entropy_fwd(const CrossEntropyForward& f, int64_t begin, int64_t end) {

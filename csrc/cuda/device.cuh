@@ -435,8 +435,10 @@ __device__ void sum_tile(int64_t rows, int64_t n, bool vectors, float* parts, Bo
 // Second step: out[blockIdx.y][column] = the sum of `count` parts.
 constexpr int kSumLines = 16;
 
+// Of each file its own, for files differ in their architectures: what nvcc 12 makes of one that they share may be the
+// one of a file without this GPU's.
 template <class Out>
-__global__ void __launch_bounds__(32 * kSumLines)
+static __global__ void __launch_bounds__(32 * kSumLines)
     sum_parts_kernel(const float* parts, int64_t count, int64_t n, Out* first, Out* second) {
   after_the_kernel_before();
   const int lane = threadIdx.x % 32, line = threadIdx.x / 32;
@@ -458,7 +460,7 @@ __global__ void __launch_bounds__(32 * kSumLines)
   out[column] = Out(total);
 }
 
-inline cudaError_t sum_parts(
+static inline cudaError_t sum_parts(
     const float* parts, int64_t count, int64_t n, DType out, void* first, void* second, cudaStream_t stream) {
   if (!n || (!first && !second)) return cudaSuccess;
   return visit(out, [&](auto o) {

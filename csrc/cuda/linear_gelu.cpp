@@ -1,6 +1,7 @@
 // Linear+GELU on a CUDA device: which GEMM, memory, and the way to the kernels.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
@@ -54,10 +55,18 @@ Tensor gelu_grad(const Tensor& grad, const Tensor& x, c10::string_view approxima
   return grad_input;
 }
 
+// As y.sum() gives it: torch reads it where it lies, and ours would need a whole one.
+bool expanded(const Tensor& grad) {
+  for (int64_t i = 0; i < grad.dim(); ++i)
+    if (grad.stride(i) == 0 && grad.size(i) > 1) return true;
+  return false;
+}
+
 Tensor gelu_backward_cuda(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
   check(covers_gelu(self, approximate));
   check_gelu_backward(grad_output, self);
   const On on(self);
+  if (expanded(grad_output)) return at::gelu_backward(grad_output, self, approximate);
   const Tensor x = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
   const Tensor grad = grad_output.strides() == x.strides() ? grad_output : at::empty_like(x).copy_(grad_output);
   return gelu_grad(grad, x, approximate, {});
@@ -68,6 +77,10 @@ std::tuple<Tensor, Tensor> gelu_backward_sum_cuda(
   check(covers_gelu(self, approximate) && self.dim() > 0);
   check_gelu_backward(grad_output, self);
   const On on(self);
+  if (expanded(grad_output)) {
+    const Tensor grad = at::gelu_backward(grad_output, self, approximate);
+    return {grad, grad.reshape({-1, grad.size(-1)}).sum(0)};
+  }
   const Tensor grad_bias = at::empty({self.size(-1)}, self.options());
   return {gelu_grad(grad_output.contiguous(), self.contiguous(), approximate, grad_bias), grad_bias};
 }
@@ -90,7 +103,10 @@ bool for_sm90a(const Tensor& x, int64_t rows, int64_t in, int64_t out) {
   if (std::max({rows, in, out}) > std::numeric_limits<int>::max()) return false;
   int major = 0;
   C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.device().index()));
-  return major == 9;
+  if (major != 9) return false;
+  // TMA's descriptors ask the driver for a context, and a thread of autograd's may have none yet.
+  C10_CUDA_CHECK(cudaSetDevice(x.device().index()));
+  return true;
 }
 
 void check_cutlass(const char* error, const char* op) {

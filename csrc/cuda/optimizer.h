@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <list>
+#include <map>
 #include <mutex>
 #include <vector>
 
@@ -35,6 +36,16 @@ struct KeptTable {
 // places.
 constexpr size_t kTables = 32;
 
+// Where the tables of graphs are filled. Not a stream of torch's pool, for those that are being captured come from it.
+inline c10::cuda::CUDAStream side_stream(c10::DeviceIndex device) {
+  static std::mutex mutex;
+  static auto& streams = *new std::map<c10::DeviceIndex, cudaStream_t>;
+  const std::lock_guard lock(mutex);
+  cudaStream_t& stream = streams[device];
+  if (!stream) C10_CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return c10::cuda::getStreamFromExternal(stream, device);
+}
+
 inline void upload(KeptTable& table, bool capturing) {
   const size_t head = table.tensors.size() * sizeof(StepTensor), bytes = head + table.chunks * sizeof(StepChunk);
   const Tensor on_host =
@@ -55,8 +66,7 @@ inline void upload(KeptTable& table, bool capturing) {
   // needs nothing of the host's. Nor can it lie in the graph's own memory, which earlier kernels of the graph may use.
   // Nobody says when the graph is gone, so that the table stays: 80 bytes a tensor and 8 a chunk for each capture.
   const c10::cuda::CUDAStreamCaptureModeGuard relaxed(cudaStreamCaptureModeRelaxed);
-  const c10::cuda::CUDAStreamGuard side(
-      c10::cuda::getStreamFromPool(/*isHighPriority=*/false, table.stream.device().index()));
+  const c10::cuda::CUDAStreamGuard side(side_stream(table.stream.device().index()));
   fill();
 }
 
@@ -67,15 +77,18 @@ inline StepTable with_table(std::vector<StepTensor> tensors, const c10::cuda::CU
   static auto& tables = *new std::list<KeptTable>;   // neither is ever freed: at exit there
   static auto& captured = *new std::vector<Tensor>;  // may be no driver left to free memory
   const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
-  const std::lock_guard lock(mutex);
+  std::unique_lock lock(mutex);
   auto found = tables.begin();
   while (found != tables.end() && !found->serves(stream, tensors)) ++found;
   if (found == tables.end()) {
     int64_t chunks = 0;
     for (const auto& t : tensors) chunks += t.chunks;
-    // Only one that is filled is kept: a step that failed here fills its own again.
+    // Only one that is filled is kept: a step that failed here fills its own again. Filled without the lock, for an
+    // allocation may wait for Python's lock (as where torch records its memory), whose holder may wait for this one.
     KeptTable table{stream, std::move(tensors), chunks};
+    lock.unlock();
     upload(table, capturing);
+    lock.lock();
     tables.push_front(std::move(table));
     if (tables.size() > kTables) tables.pop_back();
   } else {

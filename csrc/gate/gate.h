@@ -67,7 +67,8 @@ inline KnownAnswers known_answers;
 // `size`: of a row of t, where that decides how the kernel is launched.
 inline bool served(Op op, const Tensor& t, int64_t size = 1) {
   auto owner = !t.is_cpu() ? on_gpu[op] : cpu_kernels() ? Backend::cpu : Backend::torch;
-  if (owner == Backend::cuda && cuda_kernels_load && !cuda_kernels_load(t.device().index())) owner = Backend::torch;
+  if (owner == Backend::cuda && t.is_cuda() && cuda_kernels_load && !cuda_kernels_load(t.device().index()))
+    owner = Backend::torch;
   if (owner == Backend::torch || held) return owner != Backend::torch && owner == *held;
   return known_answers.right(op, kOps[op], kBackends[static_cast<size_t>(owner)].first, t, size);
 }

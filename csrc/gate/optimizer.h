@@ -199,8 +199,8 @@ bool read_shared(PyObject* group, Group<Call>& out) {
   PyObject* lr = PyDict_GetItem(group, NNFAST_KEY("lr"));
   if (!lr || differentiable || (foreach && is_plain(lr))) return false;
   if (is_plain(lr) && THPVariable_Unpack(lr).is_cuda()) {
-    out.call.tensor_lr = THPVariable_Unpack(lr);
-    return ordinary(*out.call.tensor_lr) && out.call.tensor_lr->numel() == 1;
+    const Tensor& t = *(out.call.tensor_lr = THPVariable_Unpack(lr));
+    return ordinary(t) && t.numel() == 1 && (t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble);
   }
   return number(lr, out.call.lr);
 }

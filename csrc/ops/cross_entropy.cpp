@@ -437,8 +437,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autocast(
       reduction, ignore_index, label_smoothing, x.scalar_type() == type ? at::kFloat : dtype, output_mask);
 }
 
+// torch's fallback for these views looks for the changed tensor among what the op returns, which is nothing.
+void cross_entropy_backward_negative_(
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, "nnfast::cross_entropy_backward_ takes no tensor with a negative bit");
+}
+
 }  // namespace
 
+TORCH_LIBRARY_IMPL(nnfast, Negative, m) { m.impl("cross_entropy_backward_", cross_entropy_backward_negative_); }
 TORCH_LIBRARY_IMPL(nnfast, Meta, m) {
   m.impl("cross_entropy", cross_entropy_meta);
   m.impl("cross_entropy_backward", cross_entropy_backward_meta);

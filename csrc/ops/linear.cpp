@@ -203,6 +203,7 @@ GeluNode* gelu_before(LinearNode& linear, const Tensor& grad) {
 }  // namespace
 
 variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads) {
+  auto* const last = last_backward<Linear>(ctx);
   constexpr std::array edges = {LinearNode::kInput, LinearNode::kWeight, LinearNode::kBias};
   std::array<bool, 3> mask;
   for (size_t i = 0; i < 3; ++i) mask[i] = ctx->needs_input_grad(edges[i]);
@@ -210,7 +211,8 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
   const auto* const self = running_node<LinearNode>();
   const bool any =
       !self || self->should_compute_output(LinearNode::kInput) || self->should_compute_output(LinearNode::kWeight);
-  const auto saved = any ? ctx->get_saved_variables() : variable_list(2);
+  auto saved = any ? ctx->get_saved_variables() : variable_list(2);
+  TORCH_CHECK(saved.size() == 2, torch::autograd::ERR_BACKWARD_TWICE);
   if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
   auto* const node = at::GradMode::is_enabled() || has_tangent(grads[0]) ? nullptr : running_node<LinearNode>();
   auto* const gelu = node && mask[0] ? gelu_before(*node, grads[0]) : nullptr;
@@ -222,16 +224,22 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
     sums_found.taken();
     mask[2] = false;
   }
+  if (gelu) mask[0] = false;
+  const auto asked = [&](size_t i) { return mask[i] ? wider_asked(node, edges[i], grads[0]) : std::nullopt; };
+  auto [grad_input, grad_weight, grad_bias] =
+      nnfast::linear_backward(grads[0], saved[0], saved[1], mask, asked(mask[1] ? 1 : 2), asked(0));
   if (gelu) {
+    // The GELU's output goes first, so that no more is held than torch's own two backwards hold. There is then no second
+    // try, as there is none of torch's Linear where its GELU's backward fails.
+    if (last) {
+      saved[0] = Tensor();
+      let_go(*last);
+    }
     GeluNode::Grads ahead;
     std::tie(before, ahead.input, ahead.sums) = gelu_linear_backward(grads[0], saved[1], pre, gelu->approximate());
     gelu->grads.leave(before, std::move(ahead));
     worked_ahead.taken();
-    mask[0] = false;
   }
-  const auto asked = [&](size_t i) { return mask[i] ? wider_asked(node, edges[i], grads[0]) : std::nullopt; };
-  auto [grad_input, grad_weight, grad_bias] =
-      nnfast::linear_backward(grads[0], saved[0], saved[1], mask, asked(mask[1] ? 1 : 2), asked(0));
   return {sums.defined() ? sums : grad_bias, gelu ? before : grad_input, grad_weight};
 }
 

@@ -6,6 +6,8 @@
 
 namespace nnfast {
 
+bool (*cuda_kernels_load)(c10::DeviceIndex device) = nullptr;
+
 bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
   // Subtracting key sets leaves the backend bits alone, so the bits themselves are compared.
   return (keys.raw_repr() & ~allowed.raw_repr()) == 0;

@@ -60,7 +60,7 @@ bool ordinary(const Tensor& t);
 inline bool ordinary(const OptTensor& t) { return !defined(t) || ordinary(*t); }
 
 // Whether the CUDA kernels hold machine code, or PTX, that a GPU runs; set where they are built in.
-inline bool (*cuda_kernels_load)(c10::DeviceIndex device) = nullptr;
+extern bool (*cuda_kernels_load)(c10::DeviceIndex device);
 
 // dtype: of the output, where it is not the input's.
 bool covers_layer_norm(

@@ -119,9 +119,9 @@ class AdamStep(NativeStep):
         ]
         self._torch(*lists, steps, **options)
         for i in (i for i, half in enumerate(lower) if half):
-            seed = hash((self._seed, i, int(steps[i]))) & (2**63 - 1)
             chance = None
             if self.stochastic_rounding:
+                seed = hash((self._seed, i, int(steps[i]))) & (2**63 - 1)
                 chance = torch.Generator(params[i].device).manual_seed(seed)
             for old, new in zip(moments, lists[2:], strict=True):
                 if old and old[i].dtype is torch.bfloat16:

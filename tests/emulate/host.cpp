@@ -59,13 +59,18 @@ int* on = &current;
 CUDAStream stream(int* s) { return {reinterpret_cast<cudaStream_t>(s)}; }
 }  // namespace
 CUDAStream getCurrentCUDAStream(DeviceIndex) { return stream(on); }
-CUDAStream getStreamFromPool(bool, DeviceIndex) { return stream(&side); }
+CUDAStream getStreamFromExternal(cudaStream_t s, DeviceIndex) { return {s}; }
 CUDAStreamGuard::CUDAStreamGuard(CUDAStream s) { on = reinterpret_cast<int*>(s.id); }
 CUDAStreamGuard::~CUDAStreamGuard() { on = &current; }
 CaptureStatus currentStreamCaptureStatusMayInitCtx() {
   return capturing && on == &current ? CaptureStatus::Active : CaptureStatus::None;
 }
 }  // namespace c10::cuda
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* made, unsigned) {
+  *made = reinterpret_cast<cudaStream_t>(&c10::cuda::side);
+  return cudaSuccess;
+}
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 EXPORT void emulate_device(int multiprocessors, int shared_memory) {

@@ -23,7 +23,7 @@ struct CUDAStream {
 };
 CUDAStream getCurrentCUDAStream(c10::DeviceIndex = -1);
 
-CUDAStream getStreamFromPool(bool, c10::DeviceIndex);
+CUDAStream getStreamFromExternal(cudaStream_t, c10::DeviceIndex);
 // Makes its stream the current one while it lives.
 struct CUDAStreamGuard {
   explicit CUDAStreamGuard(CUDAStream);
