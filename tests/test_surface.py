@@ -147,7 +147,7 @@ def test_functions_of_the_extension_called_wrongly():
     fast = (
         "layer_norm gelu linear linear_gelu cross_entropy linear_cross_entropy total_norm scale_ adamw_ sgd_ rmsprop_"
     )
-    fast += " scaled_dot_product_attention clip_coef set_threshold known_answers"
+    fast += " scaled_dot_product_attention embedding clip_coef set_threshold known_answers"
     for name in fast.split():
         with pytest.raises(TypeError):
             getattr(native, name)()
@@ -175,10 +175,35 @@ def test_functions_of_the_extension_called_wrongly():
         assert native.scaled_dot_product_attention(q, q, q, None, causal, scale, False) is None
     assert native.total_norm([], 2.0) is None and native.total_norm((x,), 2.0) is None
     assert native.total_norm([x, 3], 2.0) is None and not native.scale_([x.int()], 2.0)
-    assert native.clip_coef([x], 1.0, None, False) is None
+    assert native.clip_coef([x], 1.0, None, False) is None and native.clip_coef([x], "1", None, False) is None
+    assert native.clip_coef([x], 1.0, 3, False) is None and native.clip_coef(None, 1.0, None, False) is None
+    i = torch.zeros(3, dtype=torch.int64)
+    for wrong in ((3, x, None, False), (i, 3, None, False), (i, x, "0", False), (i, x, None, 0), (i, x, -99, False)):
+        assert native.embedding(*wrong) is None
+    right = [x, x, i, None, None, -100, "mean", 0.0]
+    for k, wrong in enumerate((3, 3, 3, 3, 3, "0", 0, "0")):
+        assert native.linear_cross_entropy(*right[:k], wrong, *right[k + 1 :]) is None
+    right = [x, i, None, -100, "mean", 0.0]
+    for k, wrong in enumerate((3, 3, 3, "0", 0, "0")):
+        assert native.cross_entropy(*right[:k], wrong, *right[k + 1 :]) is None
+    right = [q, q, q, None, False, None, False]
+    for k, wrong in enumerate((3, 3, 3, 3, 0, "0", 0)):
+        assert native.scaled_dot_product_attention(*right[:k], wrong, *right[k + 1 :]) is None
+    for wrong in ("total_norm", "scale_"):
+        with pytest.raises(TypeError):
+            getattr(native, wrong)([x], "2")
     for groups, state in ((None, {}), ([group], None), ([3], {}), ([{}], {}), ([{**group, "params": None}], {})):
         for step in (native.adamw_, native.sgd_, native.rmsprop_):
             assert step(groups, state, None, None, None, False, None, None) is False
+    for step in (native.adamw_, native.sgd_, native.rmsprop_):
+        for k in range(3):  # the scale, what was found infinite, the clipping
+            assert step([group], {}, *[3 if j == k else None for j in range(3)], False, None, None) is False
+        with pytest.raises(TypeError, match="rounding_seed"):
+            step([group], {}, None, None, None, False, "7", None)
+    if not torch.version.cuda:
+        native.triton_kernels(["layer_norm"])
+        native.triton_kernels([])
+        assert native.cuda_kernels() == []
 
 
 class Subclass(torch.Tensor):
