@@ -402,7 +402,7 @@ def own_copies(args):
 @pytest.mark.parametrize("name", calls())
 def test_any_call_of_an_op(name):
     """An op that anybody can call refuses what does not fit it, or gives what it gives for contiguous copies; in place
-    too. What does not fit is never read beyond its end: conftest.py has NaN there, and `make sanitize` looks as well."""
+    too. `make sanitize` sees whether it reads beyond an end."""
     op, args = getattr(torch.ops.nnfast, name), calls()[name]
     keywords = {"output_mask": (True, True, True)} if name == "scaled_dot_product_attention_backward" else {}
 
