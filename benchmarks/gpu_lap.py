@@ -6,8 +6,10 @@
     python benchmarks/gpu_lap.py --out build/lap --rehearse         all of it on a machine that has no GPU
 
 Beforehand, on a machine with a network: ``make compile-gpu``, which leaves CUTLASS's headers in ``build/cutlass``. They
-go along, with the checkout. The GPU machine needs PyTorch for CUDA, its CUDA toolkit, a C++ compiler and the packages
-setuptools, pytest, pytest-benchmark, hypothesis, ninja, rich and matplotlib.
+go along, with the checkout. Or, for the GPU machine's Python, torch and GPU, ``NNFAST_CUDA_ARCH=90a make wheel
+PYTHONS=python3.12 TORCHES=2.11.0``, and ``dist`` goes along: nothing is then built there, where the slowest file takes
+five minutes. The GPU machine needs PyTorch for CUDA, its CUDA toolkit, a C++ compiler and the packages setuptools,
+pytest, pytest-benchmark, hypothesis, ninja, rich and matplotlib.
 
 It ends within ``--seconds``, and a stop loses nothing: a step's words go to ``lap.log`` as they come, its outcome to
 ``lap.csv`` when it ends, and each cell of the benchmarks to its op's CSV file as soon as it is measured, the shapes
@@ -24,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -77,6 +80,21 @@ def commands(out: Path, rehearse: bool) -> dict[str, list[list[str]]]:
         "graphs": goals[1] + goals[2],
         "bench": rest,
     }
+
+
+def unpack() -> bool:
+    """Puts the native libraries of a wheel for this Python, if there is one in ``dist``, where the checkout finds them;
+    and what lies in folders of its own where an installation has it."""
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    wheels = sorted((ROOT / "dist").glob(f"nnfast-*-{tag}-{tag}-*.whl"))
+    if not wheels:
+        return False
+    with zipfile.ZipFile(wheels[-1]) as wheel:
+        wheel.extractall(ROOT, [n for n in wheel.namelist() if n.startswith("nnfast/") and n.endswith(".so")])
+    for name in ("kernels", "benchmarks"):
+        if not (ROOT / "nnfast" / name).exists():
+            (ROOT / "nnfast" / name).symlink_to(ROOT / name)
+    return True
 
 
 def describe(rehearse: bool) -> dict[str, str]:
@@ -149,15 +167,6 @@ def main() -> int:
         console.print(f"Missing here: {', '.join(missing)}")
         return 2
 
-    hopper = not args.rehearse and torch.cuda.get_device_capability()[0] == 9
-    folders = ROOT / "build/cutlass", *map(Path, sys.path)
-    if hopper and not any((folder / "cutlass_library/source").is_dir() for folder in folders):
-        console.print(
-            "CUTLASS's headers are not here, and without them Hopper's own kernels are not built: take build/cutlass "
-            "along, which make compile-gpu makes on a machine with a network"
-        )
-        return 2
-
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if args.before:
@@ -167,10 +176,21 @@ def main() -> int:
     if not args.rehearse:
         major, minor = torch.cuda.get_device_capability()
         env.setdefault("NNFAST_CUDA_ARCH", f"{major}{minor}" + ("a" if major == 9 else ""))
+    if unpack():
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
     # This may be another machine than last time, so it is asked whether the build is there.
     backend = "cpu" if args.rehearse else "cuda"
     asked = [sys.executable, "-c", INSTALLED.format(backend, backend)]
-    built = subprocess.run(asked, cwd=ROOT.parent, capture_output=True).returncode == 0
+    built = subprocess.run(asked, cwd=ROOT.parent, env=env, capture_output=True).returncode == 0
+    hopper = not built and not args.rehearse and torch.cuda.get_device_capability()[0] == 9
+    folders = ROOT / "build/cutlass", *map(Path, sys.path)
+    if hopper and not any((folder / "cutlass_library/source").is_dir() for folder in folders):
+        console.print(
+            "CUTLASS's headers are not here, and without them Hopper's own kernels are not built: take build/cutlass "
+            "along, which make compile-gpu makes on a machine with a network"
+        )
+        return 2
+
     done = finished(out / "lap.csv")
     todo = [
         (step, command)

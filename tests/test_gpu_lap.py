@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,23 @@ def test_rehearsal(elsewhere, tmp_path):
         assert {r["backend"] for r in cells} == {"", "graph", "cpu"} and {r["commit"] for r in cells} == {"abc"}
         assert shapes is None or {r["shape"] for r in cells} == shapes
         assert cells[0]["dtype"] == "bf16", "what is judged by comes first"
+
+
+@pytest.mark.skipif(bool(backend.available("cpu")), reason="the rehearsal is of this CPU's kernels")
+def test_what_was_built_elsewhere_is_used(elsewhere, tmp_path):
+    """A wheel for this Python in dist: its libraries are put in their place, and nothing is built."""
+    copy, env = elsewhere
+    env["PYTHONPATH"] = str(tmp_path / "site")
+    (copy / "dist").mkdir()
+    tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    with zipfile.ZipFile(copy / f"dist/nnfast-0-{tag}-{tag}-manylinux.whl", "w") as wheel:
+        for library in (copy / "nnfast").rglob("*.so"):
+            wheel.write(library, library.relative_to(copy))
+            library.unlink()
+    for name in ("kernels", "benchmarks"):
+        (copy / "nnfast" / name).unlink()
+    out = tmp_path / "out"
+    done, said = lap(elsewhere, out, "--steps", "build", "doctor")
+    assert done.returncode == 0, said
+    assert [(row["step"], row["outcome"]) for row in rows(out / "lap.csv")] == [("doctor", "ok")]
+    assert "native  built for torch" in (out / "lap.log").read_text()
