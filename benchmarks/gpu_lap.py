@@ -86,7 +86,7 @@ def unpack() -> bool:
     """Puts the native libraries of a wheel for this Python, if there is one in ``dist``, where the checkout finds them;
     and what lies in folders of its own where an installation has it."""
     tag = f"cp{sys.version_info.major}{sys.version_info.minor}"
-    wheels = sorted((ROOT / "dist").glob(f"nnfast-*-{tag}-{tag}-*.whl"))
+    wheels = sorted((ROOT / "dist").glob(f"nnfast-*-{tag}-{tag}-*.whl"), key=lambda path: path.stat().st_mtime)
     if not wheels:
         return False
     with zipfile.ZipFile(wheels[-1]) as wheel:
@@ -176,12 +176,17 @@ def main() -> int:
     if not args.rehearse:
         major, minor = torch.cuda.get_device_capability()
         env.setdefault("NNFAST_CUDA_ARCH", f"{major}{minor}" + ("a" if major == 9 else ""))
-    if unpack():
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
-    # This may be another machine than last time, so it is asked whether the build is there.
     backend = "cpu" if args.rehearse else "cuda"
     asked = [sys.executable, "-c", INSTALLED.format(backend, backend)]
-    built = subprocess.run(asked, cwd=ROOT.parent, env=env, capture_output=True).returncode == 0
+
+    def is_built() -> bool:
+        return subprocess.run(asked, cwd=ROOT, env=env, capture_output=True).returncode == 0
+
+    # This may be another machine than last time, so it is asked whether the build is there.
+    built = is_built()
+    if not built and unpack():
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), env.get("PYTHONPATH"))))
+        built = is_built()
     hopper = not built and not args.rehearse and torch.cuda.get_device_capability()[0] == 9
     folders = ROOT / "build/cutlass", *map(Path, sys.path)
     if hopper and not any((folder / "cutlass_library/source").is_dir() for folder in folders):

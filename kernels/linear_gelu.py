@@ -392,8 +392,8 @@ def gelu_backward_sum_triton(grad_output: Tensor, input: Tensor, *, approximate:
     if not rows:
         return grad_input, grad_bias.zero_()
     if 0 in grad_output.stride():  # expanded, as y.sum() gives it: ours would need a whole one
-        grad_input = torch.ops.aten.gelu_backward(grad_output, input, approximate=approximate)
-        return grad_input, grad_input.reshape(-1, cols).sum(0)
+        grad_input = torch.ops.aten.gelu_backward(grad_output, input.contiguous(), approximate=approximate)
+        return grad_input, grad_input.view(-1, cols).sum(0)
     with on(input):
         across = triton.cdiv(cols, GRAD_COLS)
         down = min(triton.cdiv(rows, GRAD_ROWS), max(1, GRAD_PROGRAMS * processors() // across))

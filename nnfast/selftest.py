@@ -317,8 +317,8 @@ def _gpu(device: int) -> list[str]:
 
 def right(op: str, backend: str, device: int, dtype: str, size: int) -> bool | None:
     """Whether the kernels of ``backend`` for ``op`` are right on a GPU, in a dtype and for rows of ``size`` (a power
-    of two, by which a kernel is launched); None while a graph is captured, which must not record the test, and where
-    there is no memory for it."""
+    of two, by which a kernel is launched); None while a graph is captured, which must not record the test. Where there
+    is no memory for it, torch serves for the rest of the process, without a word, and the next process asks again."""
     asked = op, backend, device, dtype, size
     if asked in _known:
         return _known[asked]
@@ -334,16 +334,14 @@ def right(op: str, backend: str, device: int, dtype: str, size: int) -> bool | N
             passed = said.get("passed", []) if said.get("key") == key else []
             entry = [*_gpu(device), op, backend, dtype, size]
             why = "" if entry in passed else _fails(op, device, dtype, size)
-            if why is None:
-                return None
-            _known[asked] = not why
+            _known[asked] = why == ""
             if why:
                 warnings.warn_explicit(
                     f"{backend}'s kernel of {op} in {dtype} fails its known-answer test on {entry[0]} ({why}), so "
                     "torch serves it there",
                     UserWarning, "nnfast", 1,
                 )  # fmt: skip
-            elif entry not in passed:
+            elif why is not None and entry not in passed:
                 _write(kept, {"key": key, "passed": [*passed, entry]})
     return _known[asked]
 

@@ -51,6 +51,9 @@ def test_an_older_torch(monkeypatch):
 @pytest.mark.parametrize("failure", ["", "exit status 1: AssertionError"])
 def test_a_newer_torch(monkeypatch, failure):
     """It runs the newest kernels where they pass their self-test, and only there."""
+    newest = max(tuple(map(int, p.name.split(".")[0].split("_")[2:])) for p in backend._HERE.glob("_C_*.so"))
+    if "{}_{}".format(*newest) != MINOR:
+        pytest.skip("the newest kernels here are for another torch, and a process loads one of them alone")
     asked = []
     monkeypatch.setattr(torch, "__version__", "2.99.0")
     monkeypatch.setattr(selftest, "failure", lambda minor: asked.append(minor) or failure)
@@ -148,19 +151,20 @@ def test_servers(monkeypatch):
     """Who serves each op on a GPU, by what the extension says it has and whether Triton is there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backend, "no_triton", lambda: "Triton is not installed")
-    assert backend.available("cuda") == "nnfast was built without CUDA kernels"
-    assert backend.available("triton") == "Triton is not installed"
-    assert backend.server("layer_norm", "cuda")[0] == "torch"
+    backend_native, kernels = backend.native, []
 
-    class WithCuda:
+    class Native:
         def __getattr__(self, name):
             return getattr(backend_native, name)
 
         def cuda_kernels(self):
-            return ["layer_norm"]
+            return kernels
 
-    backend_native = backend.native
-    monkeypatch.setattr(backend, "native", WithCuda())
+    monkeypatch.setattr(backend, "native", Native())
+    assert backend.available("cuda") == "nnfast was built without CUDA kernels"
+    assert backend.available("triton") == "Triton is not installed"
+    assert backend.server("layer_norm", "cuda")[0] == "torch"
+    kernels.append("layer_norm")
     assert backend.available("cuda") == ""
     assert backend.server("layer_norm", "cuda") == ("cuda", "float32, bfloat16, float16")
     assert backend.server("linear_gelu", "cuda") == ("torch", "not among the CUDA kernels, and Triton is not installed")

@@ -103,7 +103,7 @@ std::tuple<Tensor, Tensor> cross_entropy_cpu(
 }
 
 // Shorter rows are not written past the caches: the class's own element comes last and would fetch its line again, which
-// took 400 ns a row where the row itself takes 30.
+// took 400 ns a row where the row itself takes 30. Few classes, whose rows are written whole, gained nothing by it.
 Threshold streamed_row("cross_entropy.streamed_row_bytes", 2048);
 
 // The gradient is written to grad_input, rows of it one after another.

@@ -66,8 +66,8 @@ Tensor gelu_backward_cuda(const Tensor& grad_output, const Tensor& self, c10::st
   check(covers_gelu(self, approximate));
   check_gelu_backward(grad_output, self);
   const On on(self);
-  if (expanded(grad_output)) return at::gelu_backward(grad_output, self, approximate);
   const Tensor x = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
+  if (expanded(grad_output)) return at::gelu_backward(grad_output, x, approximate);
   const Tensor grad = grad_output.strides() == x.strides() ? grad_output : at::empty_like(x).copy_(grad_output);
   return gelu_grad(grad, x, approximate, {});
 }
@@ -77,9 +77,9 @@ std::tuple<Tensor, Tensor> gelu_backward_sum_cuda(
   check(covers_gelu(self, approximate) && self.dim() > 0);
   check_gelu_backward(grad_output, self);
   const On on(self);
-  if (expanded(grad_output)) {
-    const Tensor grad = at::gelu_backward(grad_output, self, approximate);
-    return {grad, grad.reshape({-1, grad.size(-1)}).sum(0)};
+  if (self.numel() && expanded(grad_output)) {
+    const Tensor grad = at::gelu_backward(grad_output, self.contiguous(), approximate);
+    return {grad, grad.view({-1, grad.size(-1)}).sum(0)};
   }
   const Tensor grad_bias = at::empty({self.size(-1)}, self.options());
   return {gelu_grad(grad_output.contiguous(), self.contiguous(), approximate, grad_bias), grad_bias};

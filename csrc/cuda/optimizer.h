@@ -77,6 +77,7 @@ inline StepTable with_table(std::vector<StepTensor> tensors, const c10::cuda::CU
   static auto& tables = *new std::list<KeptTable>;   // neither is ever freed: at exit there
   static auto& captured = *new std::vector<Tensor>;  // may be no driver left to free memory
   const bool capturing = c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+  std::list<KeptTable> dropped;  // goes after the lock: freeing may wait for Python's lock too
   std::unique_lock lock(mutex);
   auto found = tables.begin();
   while (found != tables.end() && !found->serves(stream, tensors)) ++found;
@@ -90,7 +91,7 @@ inline StepTable with_table(std::vector<StepTensor> tensors, const c10::cuda::CU
     upload(table, capturing);
     lock.lock();
     tables.push_front(std::move(table));
-    if (tables.size() > kTables) tables.pop_back();
+    if (tables.size() > kTables) dropped.splice(dropped.end(), tables, std::prev(tables.end()));
   } else {
     tables.splice(tables.begin(), tables, found);
   }

@@ -1,5 +1,7 @@
 """What our optimizers share: a step that is one native call, and torch's own code for what the kernels do not cover."""
 
+import numbers
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -105,8 +107,8 @@ class NativeStep:
                 ids = {id(p) for p in left[i]}
                 theirs = [k for k, p in enumerate(lists[0]) if id(p) in ids]
             calls[i] = [[kind[k] for k in theirs] if kind else kind for kind in lists], options
-            if _suspect(*calls[i], any_dtype=self.master_weights or self.stochastic_rounding):
-                self._torch(*([_clone(t) for t in kind] for kind in calls[i][0]), **options)  # torch's error
+            if self._may_fail(*calls[i]):
+                self._rehearse(*calls[i])
         return calls, left
 
     def _torch_step(self, group: dict, lists: list[list], options: dict, coef: Tensor | None) -> None:
@@ -141,19 +143,48 @@ class NativeStep:
             if p.dim() and p.numel()
         )
 
+    def _may_fail(self, lists: list[list], options: dict) -> bool:
+        """Whether torch may find out in the middle of the update what it refuses: an option that is no number or out of
+        its range, the state of another model, or, where ours would have served but for it, state of another kind."""
+        if not all(_is_number(options.get(name, 0)) for name in _NUMBERS):
+            return True
+        betas = options.get("beta1", 0), options.get("beta2", 0)
+        if not all(isinstance(beta, Tensor) or 0 <= beta < 1 for beta in betas):
+            return True
+        params, _, *state = lists
+        steps = state.pop() if len(state) > 1 else None  # SGD counts none, and makes its buffers on the way
+        on_cpu = all(p.device.type == "cpu" for p in params)
+        if on_cpu and not backend.available("cpu") and backend.forced() != "torch":
+            any_dtype = self.master_weights or self.stochastic_rounding
+            pairs = [(p, t) for kind in (params, *state) for p, t in zip(params, kind, strict=False)]
+            pairs = [(p, t) for p, t in pairs if t is not None or steps is not None]
+            return not (all(map(_is_number, steps or ())) and all(_is_of(p, t, any_dtype) for p, t in pairs))
+        return any(
+            isinstance(t, Tensor) and t.dim() > 0 and t.shape != p.shape
+            for kind in state
+            for p, t in zip(params, kind, strict=False)
+        )
+
+    def _rehearse(self, lists: list[list], options: dict) -> None:
+        """torch's error, if it has one: its loop on copies. Not its fused kernel, which takes all tensors for dense."""
+        whole = self.master_weights or self.stochastic_rounding
+        off = {"fused": False, "foreach": False, "grad_scale": None, "found_inf": None}
+        options = {name: off.get(name, value) for name, value in options.items()}
+        self._torch(*([_copy(t, whole) for t in kind] for kind in lists), **options)
+
 
 def _overlaps(t: Tensor) -> bool:
     return any(size > 1 and stride == 0 for size, stride in zip(t.shape, t.stride(), strict=True))
 
 
-def _clone(t: Tensor | float | None) -> Tensor | float | None:
-    """Another that torch refuses for the same reasons."""
+def _copy(t: Tensor | float | None, whole: bool) -> Tensor | float | None:
+    """Another that torch refuses for the same reasons; ``whole``: bfloat16 in float, as the step computes then."""
     if not isinstance(t, Tensor):
         return t
     with torch.inference_mode(t.is_inference()):
         if not t.is_nested and t.layout is torch.strided and _overlaps(t):
             return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-        return t.detach().clone()
+        return t.detach().float() if whole and t.dtype is torch.bfloat16 else t.detach().clone()
 
 
 _NUMBERS = "lr", "weight_decay", "eps", "beta1", "beta2", "momentum", "dampening", "alpha"
@@ -162,24 +193,12 @@ _NUMBERS = "lr", "weight_decay", "eps", "beta1", "beta2", "momentum", "dampening
 def _is_number(o) -> bool:
     if isinstance(o, Tensor):
         return not (o.is_nested or o.is_meta or o.is_complex()) and o.layout is torch.strided and o.numel() == 1
-    return type(o) is float or (type(o) is int and o.bit_length() < 64)
+    if isinstance(o, numbers.Integral):  # torch knows 64 bits, and refuses True here and there
+        return o is not True and abs(o) < 2**63
+    return isinstance(o, numbers.Real) and not isinstance(o, numbers.Rational)
 
 
 def _is_of(p: Tensor, t, any_dtype: bool) -> bool:
     if not isinstance(t, Tensor) or t.is_nested or t.is_meta > p.is_meta or t.layout is not torch.strided:
         return False
     return t.shape == p.shape and (any_dtype or t.dtype == p.dtype) and not (t.is_inference() or _overlaps(t))
-
-
-def _suspect(lists: list[list], options: dict, any_dtype: bool) -> bool:
-    """Whether an option is no number, or out of its range, or the state is of another model: torch may find it out in
-    the middle of the update."""
-    betas = options.get("beta1", 0), options.get("beta2", 0)
-    params, _, *state = lists
-    steps = state.pop() if len(state) > 1 else []  # SGD counts none
-    return not (
-        all(_is_number(options.get(name, 0)) for name in _NUMBERS)
-        and all(isinstance(beta, Tensor) or 0 <= beta < 1 for beta in betas)
-        and all(p.is_meta or _is_number(t) for p, t in zip(params, steps, strict=False))
-        and all(_is_of(p, t, any_dtype) for kind in (params, *state) for p, t in zip(params, kind, strict=False))
-    )
