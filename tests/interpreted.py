@@ -261,6 +261,11 @@ def test_gelu_formulas(approximate):
     pre = x.view(-1, 8)
     grad, sums = torch.ops.nnfast.gelu_backward_sum(torch.ones_like(pre), pre, approximate=approximate)
     torch.testing.assert_close(sums, grad.sum(0))
+    whole = torch.ones(()).expand_as(pre)  # as y.sum() gives it
+    for ours, same in zip(
+        torch.ops.nnfast.gelu_backward_sum(whole, pre, approximate=approximate), (grad, sums), strict=True
+    ):
+        torch.testing.assert_close(ours, same, check_stride=True)
     cpu = torch.ops.nnfast.gelu_backward(torch.ones_like(x), x, approximate=approximate)
     assert_close(grad.flatten(), cpu, true, scale=1)
 

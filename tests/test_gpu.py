@@ -137,6 +137,26 @@ def test_adamw_of_more_than_2_31_elements(served):
     assert p[-1] == p[0] and p[2**31] == p[0] and p[0] < 0.75
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int64, torch.float64])
+def test_a_learning_rate_on_the_gpu(served, dtype):
+    """In float and double it is read there; in what the kernels do not read the step is torch's."""
+    served("adamw_")
+    results = []
+    for library in (optim, torch.optim):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(gpu(50))
+        optimizer = library.AdamW([p], lr=torch.tensor(1, dtype=dtype, device="cuda"))
+        for _ in range(3):
+            p.grad = gpu(50)
+            try:
+                optimizer.step()
+            except RuntimeError as e:  # held to a kind of kernels, so that what is torch's raises
+                assert "does not cover" in str(e) and library is optim and dtype is not torch.float64
+                return
+        results.append(p.detach())
+    torch.testing.assert_close(*results)
+
+
 def test_adamw_under_a_grad_scaler(served):
     served("adamw_")
     results = []
@@ -285,6 +305,18 @@ def test_what_torch_refuses_is_torchs(served):
     for args in ((x, (8,), weight), (double(gpu(3, 8)), (8,))):
         with pytest.raises(RuntimeError, match="does not cover"):
             F.layer_norm(*args)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_expanded_gradient(served, dtype):
+    """As y.sum() gives it: the values and strides of a whole one; of no columns too."""
+    served("linear_gelu")
+    for shape in ((70, 136), (3, 0)):
+        pre = gpu(*shape, dtype=dtype)
+        one = torch.ones((), dtype=dtype, device="cuda").expand(shape)
+        op = torch.ops.nnfast.gelu_backward_sum
+        for a, b in zip(op(one, pre), op(one.contiguous(), pre), strict=True):
+            torch.testing.assert_close(a, b, check_stride=True)
 
 
 def test_no_more_memory_than_torch(served):
