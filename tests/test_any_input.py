@@ -207,8 +207,9 @@ def assert_same(ours, torchs, what):
 NAMED = {"gelu": 1, "linear": 3, "scaled_dot_product_attention": 3}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", [name for name, (theirs, _) in arguments().items() if theirs])
-def test_any_argument(name):
+def test_any_argument(name, autocast):
     theirs, values = arguments()[name]
     ours = getattr(F, name)
     with thresholds(embedding__table_bytes=0), served(name):
@@ -216,9 +217,33 @@ def test_any_argument(name):
     for what, given in replaced(values):
         if what == "scale: large":
             continue  # the softmax of one number is 1, and its gradient noise times 2 ** 70
-        with thresholds(embedding__table_bytes=0):
+        with thresholds(embedding__table_bytes=0), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             results = [outcome(with_gradients(function, given, NAMED.get(name, 0))) for function in (ours, theirs)]
-        assert_same(*results, what)
+        assert_same(*results, what + " bfloat16" * autocast)
+
+
+class Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize("name", [name for name, (theirs, _) in arguments().items() if theirs])
+def test_a_gradient_that_is_not_there(name):
+    """Whoever reads the output may give it none, and what comes before then gets none, or zeros, as from torch."""
+    theirs, values = arguments()[name]
+    results = []
+    for function in (getattr(F, name), theirs):
+        with thresholds(embedding__table_bytes=0):
+            output = Nothing.apply(function(**values))
+            leaves = [t for t in values.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+            output = output.sum() + sum(t.sum() * 0 for t in leaves)
+            results.append(list(torch.autograd.grad(output, leaves, allow_unused=True)))
+    assert_same(*results, name)
 
 
 CALL = {"Adam": "adamw_"}
@@ -469,3 +494,61 @@ def test_any_call_of_an_op(name):
                 assert_same(ours, results(copies), f"{name} {i}: {kind}")
                 served_at_all += 1
     assert served_at_all > 1
+
+
+@pytest.mark.parametrize("name", ["adamw_", "sgd_", "rmsprop_"])
+def test_any_call_of_a_step(name):
+    """Of one parameter: whatever its tensors are, the op refuses before anything is changed, or does what it does to
+    contiguous copies."""
+    lists = {"adamw_": 6, "sgd_": 3, "rmsprop_": 5}[name]
+    numbers = {
+        "adamw_": {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1, "eps": 1e-8},
+        "sgd_": {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.1},
+        "rmsprop_": {"lr": 0.1, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "centered": True},
+    }[name]
+    torch.manual_seed(0)
+    values = [torch.rand(6, 8) for _ in range(lists)] + [torch.tensor(3.0)] * (name != "sgd_")
+    if name == "adamw_":
+        values[5] = torch.zeros(6, 8, dtype=torch.int16)
+
+    def result(given, **extra):
+        given = [[t] for t in given]
+        if name == "adamw_" and given[0][0].dtype is not torch.bfloat16:
+            given[5] = []
+        error = outcome(lambda: getattr(torch.ops.nnfast, name)(*given, **numbers, **extra))
+        return error if error is not None else [t.clone() for kind in given for t in kind]
+
+    taken = 0
+    for i, value in enumerate(values):
+        for kind, other in TENSORS.items():
+            try:
+                other = other(value.clone())
+            except (RuntimeError, ValueError, IndexError, TypeError, AttributeError):
+                continue
+            # An op that has no kernel of autograd's is refused by torch after its call.
+            if not isinstance(other, torch.Tensor) or other.requires_grad or other.is_meta or other.is_inference():
+                continue
+            if other.is_nested or other.layout is not torch.strided:
+                with pytest.raises((RuntimeError, NotImplementedError)):
+                    given = [*own_copies(values[:i]), other, *own_copies(values[i + 1 :])]
+                    getattr(torch.ops.nnfast, name)(*[[t] for t in given], **numbers)
+                continue
+            given = [*own_copies(values[:i]), other, *own_copies(values[i + 1 :])]
+            before = [t.detach().clone() for t in given]
+            ours = result(given)
+            if isinstance(ours, list):
+                assert_same(ours, result(own_copies(before)), f"{name} {i}: {kind}")
+                taken += 1
+            else:
+                assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), f"{name} {i}: {kind}"
+    assert taken > 1
+    if name != "rmsprop_":
+        for key in ("grad_scale", "found_inf"):
+            assert isinstance(result(own_copies(values), **{key: torch.ones(2)}), tuple)
+        found = result(own_copies(values), found_inf=torch.tensor(1.0))
+        assert_same(found, [t for k, t in enumerate(values) if k != 5 or name != "adamw_"], name)
+        whole = result([values[0].clone(), values[1] * 4, *own_copies(values[2:])], grad_scale=torch.tensor(4.0))
+        assert_same(whole[0], result(own_copies(values))[0], name)
+    for lr in (torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)):
+        assert_same(result(own_copies(values), tensor_lr=lr)[0], result(own_copies(values))[0], name)
+    assert isinstance(result(own_copies(values), tensor_lr=torch.ones(2)), tuple)

@@ -228,17 +228,21 @@ def test_only_the_gradients_that_are_wanted():
 
 @pytest.mark.usefixtures("cpu_kernels")
 def test_second_derivative():
-    """The formula's, where torch's fused kernel has none."""
-    for causal, mask in ((False, None), (True, None), (False, torch.rand(5, 6) < 0.5)):
+    """The formula's, where torch's fused kernel has none; of some of the three too."""
+    masks = (False, None), (True, None), (False, torch.rand(5, 6) < 0.5), (False, torch.randn(5, 6))
+    for (causal, mask), frozen in itertools.product(masks, (None, 0, 1, 2)):
         qkv, grad_out, gqa = sample_inputs((1, 4, 2, 5, 6, 3, 4), torch.float32)
+        if frozen is not None:
+            qkv[frozen].requires_grad_(False)
         results = []
         for f, args in (
             (F.scaled_dot_product_attention, qkv),
             (reference.scaled_dot_product_attention, [double(t) for t in qkv]),
         ):
             output = f(*args, attn_mask=mask, is_causal=causal, **gqa)
-            first = torch.autograd.grad(output, args, grad_out.to(output.dtype), create_graph=True)
-            results.append(torch.autograd.grad(sum(t.square().sum() for t in first), args))
+            wanted = [t for t in args if t.requires_grad]
+            first = torch.autograd.grad(output, wanted, grad_out.to(output.dtype), create_graph=True)
+            results.append(torch.autograd.grad(sum(t.square().sum() for t in first), wanted))
         torch.testing.assert_close([t.double() for t in results[0]], list(results[1]), rtol=1e-4, atol=1e-5)
 
 
