@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import served, thresholds
+from common import HALF, served, thresholds
 from torch.utils._pytree import tree_leaves, tree_map
 
 import nnfast.nn.functional as F
@@ -496,8 +496,9 @@ def test_any_call_of_an_op(name):
     assert served_at_all > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw_", "sgd_", "rmsprop_"])
-def test_any_call_of_a_step(name):
+def test_any_call_of_a_step(name, dtype):
     """Of one parameter: whatever its tensors are, the op refuses before anything is changed, or does what it does to
     contiguous copies."""
     lists = {"adamw_": 6, "sgd_": 3, "rmsprop_": 5}[name]
@@ -507,14 +508,14 @@ def test_any_call_of_a_step(name):
         "rmsprop_": {"lr": 0.1, "alpha": 0.9, "eps": 1e-8, "weight_decay": 0.1, "momentum": 0.9, "centered": True},
     }[name]
     torch.manual_seed(0)
-    values = [torch.rand(6, 8) for _ in range(lists)] + [torch.tensor(3.0)] * (name != "sgd_")
+    values = [torch.rand(6, 8).to(dtype) for _ in range(lists)] + [torch.tensor(3.0)] * (name != "sgd_")
     if name == "adamw_":
         values[5] = torch.zeros(6, 8, dtype=torch.int16)
 
     def result(given, **extra):
         given = [[t] for t in given]
-        if name == "adamw_" and given[0][0].dtype is not torch.bfloat16:
-            given[5] = []
+        if name == "adamw_" and dtype is not torch.bfloat16:
+            given[5] = []  # there are no masters
         error = outcome(lambda: getattr(torch.ops.nnfast, name)(*given, **numbers, **extra))
         return error if error is not None else [t.clone() for kind in given for t in kind]
 
@@ -537,7 +538,7 @@ def test_any_call_of_a_step(name):
             before = [t.detach().clone() for t in given]
             ours = result(given)
             if isinstance(ours, list):
-                assert_same(ours, result(own_copies(before)), f"{name} {i}: {kind}")
+                assert_same(ours, result(own_copies(before)), f"{name} {i}: {kind} {dtype}")
                 taken += 1
             else:
                 assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), f"{name} {i}: {kind}"
@@ -546,9 +547,12 @@ def test_any_call_of_a_step(name):
         for key in ("grad_scale", "found_inf"):
             assert isinstance(result(own_copies(values), **{key: torch.ones(2)}), tuple)
         found = result(own_copies(values), found_inf=torch.tensor(1.0))
-        assert_same(found, [t for k, t in enumerate(values) if k != 5 or name != "adamw_"], name)
+        assert_same(found, [t for k, t in enumerate(values) if k != 5 or name != "adamw_" or dtype in HALF], name)
         whole = result([values[0].clone(), values[1] * 4, *own_copies(values[2:])], grad_scale=torch.tensor(4.0))
-        assert_same(whole[0], result(own_copies(values))[0], name)
+        assert_same(whole[0], result(own_copies(values))[0], f"{name} {dtype}")
+        turned = values[1].t().contiguous().t()
+        given = [values[0].clone(), turned, *own_copies(values[2:])]
+        assert isinstance(result(given, grad_scale=torch.tensor(4.0)), tuple)
     for lr in (torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64)):
         assert_same(result(own_copies(values), tensor_lr=lr)[0], result(own_copies(values))[0], name)
     assert isinstance(result(own_copies(values), tensor_lr=torch.ones(2)), tuple)

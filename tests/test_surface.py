@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as TF
+from common import served
 
 import nnfast
 import nnfast.nn.functional as F
@@ -124,6 +125,21 @@ def test_use_backend_never_falls_back_silently():
     assert (p == 1).all()
 
 
+@pytest.mark.usefixtures("cpu_kernels")
+def test_what_torch_does_sooner_is_ours_where_it_is_asked_for():
+    rows, query, key = torch.randn(50, 2), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 64, 16)
+    logits, target = torch.randn(30, 16), torch.randint(16, (30,))
+    calls = {
+        "layer_norm": lambda module: module.layer_norm(rows, (2,)),
+        "scaled_dot_product_attention": lambda module: module.scaled_dot_product_attention(query, key, key),
+        "cross_entropy": lambda module: module.cross_entropy(logits, target),
+    }
+    for name, call in calls.items():
+        with nnfast.use_backend("cpu"), served(name):
+            ours = call(F)
+        torch.testing.assert_close(ours, call(TF), rtol=1e-5, atol=1e-5)
+
+
 def test_use_backend_torch_is_torch():
     """To the bit; it nests, is left by an exception, and holds this thread alone."""
     x, w = torch.randn(50, 300), torch.randn(300)
@@ -175,6 +191,12 @@ def test_functions_of_the_extension_called_wrongly():
         assert native.scaled_dot_product_attention(q, q, q, None, causal, scale, False) is None
     assert native.total_norm([], 2.0) is None and native.total_norm((x,), 2.0) is None
     assert native.total_norm([x, 3], 2.0) is None and not native.scale_([x.int()], 2.0)
+    empty = torch.ones(0)
+    assert native.total_norm([x, empty], float("inf")) is None and native.total_norm([x], float("inf")) is not None
+    with pytest.raises(TypeError):
+        native.set_threshold("stream_bytes", 1.0)
+    with pytest.raises(TypeError):
+        native.set_threshold(7, 1)
     assert native.clip_coef([x], 1.0, None, False) is None and native.clip_coef([x], "1", None, False) is None
     assert native.clip_coef([x], 1.0, 3, False) is None and native.clip_coef(None, 1.0, None, False) is None
     i = torch.zeros(3, dtype=torch.int64)
