@@ -13,7 +13,7 @@ from common import thresholds
 
 import nnfast
 import nnfast.__main__
-from nnfast import backend, selftest
+from nnfast import _torch, backend, selftest
 
 pytestmark = pytest.mark.skipif(bool(backend.available("cpu")), reason=backend.available("cpu"))
 MINOR = "_".join(torch.__version__.split(".")[:2])
@@ -236,3 +236,47 @@ def test_a_test_that_gives_no_answer(monkeypatch):
 
     monkeypatch.setitem(selftest.ANSWERS, "gelu", ends)
     assert selftest._fails("gelu", -1, "float32", 1) == "no answer"
+
+
+@pytest.mark.torch_serves("torch's two calls")
+def test_a_torch_without_linear_cross_entropy():
+    """What stands in for it on torch 2.11: its function's results, its class's arguments and state."""
+    from nnfast.functional import _two_calls
+    from nnfast.nn.cross_entropy import _TorchsLinearCrossEntropyLoss as StandIn
+
+    torch.manual_seed(0)
+    x, w, y = torch.randn(6, 8), torch.randn(9, 8), torch.randint(9, (6,))
+    rest = {"weight": None, "reduction": "mean", "label_smoothing": 0.1}
+    for bias, ignore_index in ((None, None), (torch.randn(9), 3)):
+        ours = _two_calls(x, w, y, linear_bias=bias, ignore_index=ignore_index, options=None, **rest)
+        logits = torch.nn.functional.linear(x, w, bias)
+        expected = torch.nn.functional.cross_entropy(
+            logits, y, ignore_index=-100 if ignore_index is None else ignore_index, label_smoothing=0.1
+        )
+        torch.testing.assert_close(ours, expected)
+    with pytest.raises(TypeError, match="knows no options"):
+        _two_calls(x, w, y, linear_bias=None, ignore_index=None, options={}, **rest)
+    made = StandIn(8, 3, out_features=(2,), bias=True, reduction="sum", label_smoothing=0.1)
+    assert {k: tuple(v.shape) for k, v in made.state_dict().items()} == {"linear.weight": (6, 8), "linear.bias": (6,)}
+    if theirs := getattr(torch.nn, "LinearCrossEntropyLoss", None):
+        torchs = theirs(8, 3, out_features=(2,), bias=True, reduction="sum", label_smoothing=0.1)
+        assert set(torchs.state_dict()) == set(made.state_dict())
+
+
+@pytest.mark.torch_serves("nothing is computed")
+def test_what_stands_in_for_private_names_of_torch():
+    assert _torch._found("torch.optim.Optimizer", "no_such_name", 7) == 7
+    assert _torch._found("torch.no.such.module", "no_such_name", 7) == 7
+    assert _torch._yes() is True and _torch._nothing(3) is None
+
+    class Optimizer:
+        defaults = {"differentiable": False}
+
+        @_torch._without_gradients
+        def step(self):
+            return torch.is_grad_enabled()
+
+    assert Optimizer().step() is False
+    Optimizer.defaults = {"differentiable": True}
+    with pytest.raises(RuntimeError, match="does not know how this torch differentiates"):
+        Optimizer().step()
