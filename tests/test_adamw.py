@@ -841,8 +841,13 @@ def test_masters_of_values_at_the_edge():
 
 
 @pytest.mark.usefixtures("some_kernels")
-def test_stochastic_rounding():
+@pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("torch", marks=pytest.mark.torch_serves("the code over torch's own step"))]
+)
+def test_stochastic_rounding(backend):
     """Small updates count on average, where rounding to nearest loses them; the same from run to run."""
+    from nnfast.backend import use_backend
+
     results = []
     for seed, threads in ((3, 1), (3, 2), (4, 1)):
         torch.manual_seed(seed)
@@ -850,7 +855,7 @@ def test_stochastic_rounding():
         torch.set_num_threads(threads)
         p = torch.ones(100_003, dtype=torch.bfloat16).requires_grad_()
         optimizer = optim.AdamW([p], lr=1e-4, weight_decay=0.0, stochastic_rounding=True)
-        with served("adamw_.stochastic"):
+        with served(*["adamw_.stochastic"] * (backend == "cpu")), use_backend(backend):
             for _ in range(10):
                 p.grad = torch.ones_like(p)
                 optimizer.step()
@@ -862,7 +867,8 @@ def test_stochastic_rounding():
     assert "master_param" not in optimizer.state[p] and optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
     p = torch.ones(1000, dtype=torch.bfloat16).requires_grad_()
     p.grad = torch.ones_like(p)
-    optim.AdamW([p], lr=1e-4, weight_decay=0.0).step()
+    with use_backend(backend):
+        optim.AdamW([p], lr=1e-4, weight_decay=0.0).step()
     assert (p == 1).all()
 
 
