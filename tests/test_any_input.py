@@ -304,6 +304,8 @@ def test_any_option(name):
 
         assert_same(*after_a_step(name, delete), f"no {key}")
         for kind, other in OTHERS.items():
+            if key == "alpha" and kind == "0":
+                continue  # the variance of one gradient is 0, and of torch's, too, rounding is all that is left
 
             def replace(optimizer, p, key=key, other=other):
                 optimizer.param_groups[0][key] = other
