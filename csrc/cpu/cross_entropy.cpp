@@ -102,8 +102,9 @@ std::tuple<Tensor, Tensor> cross_entropy_cpu(
   return {reduced(losses, reduction, x.total, type), stats};
 }
 
-// Shorter rows are not written past the caches: the class's own element comes last and would fetch its line again, which
-// took 400 ns a row where the row itself takes 30. Few classes, whose rows are written whole, gained nothing by it.
+// Shorter rows are not written past the caches: the class's own element comes last and would fetch its line again,
+// which took 400 ns a row where the row itself takes 30. Few classes, whose rows are written whole, gained nothing by
+// it.
 Threshold streamed_row("cross_entropy.streamed_row_bytes", 2048);
 
 // The gradient is written to grad_input, rows of it one after another.
@@ -137,7 +138,8 @@ void cross_entropy_grad(
       (const char*)stats.const_data_ptr() + rows * stats.element_size(),
       grad.const_data_ptr(),
       grad_input.mutable_data_ptr(),
-      !in_place && x.size * grad_input.element_size() >= streamed_row && may_stream(grad_input.nbytes() + input.nbytes())};
+      !in_place && x.size * grad_input.element_size() >= streamed_row &&
+          may_stream(grad_input.nbytes() + input.nbytes())};
   at::parallel_for(0, rows, row_grain(x.size), [&](int64_t begin, int64_t end) {
     cpu_kernels()->cross_entropy_backward(b, begin, end);
   });

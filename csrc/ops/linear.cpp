@@ -229,8 +229,8 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
   auto [grad_input, grad_weight, grad_bias] =
       nnfast::linear_backward(grads[0], saved[0], saved[1], mask, asked(mask[1] ? 1 : 2), asked(0));
   if (gelu) {
-    // The GELU's output goes first, so that no more is held than torch's own two backwards hold. There is then no second
-    // try, as there is none of torch's Linear where its GELU's backward fails.
+    // The GELU's output goes first, so that no more is held than torch's own two backwards hold. There is then no
+    // second try, as there is none of torch's Linear where its GELU's backward fails.
     if (last) {
       saved[0] = Tensor();
       let_go(*last);
