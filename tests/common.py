@@ -159,6 +159,14 @@ def every_allocation_fails(call, state: Callable[[], list[Tensor]] = list) -> in
         del again
 
 
+def outcome(call):
+    """What a call gives: a tensor, or the error it raises."""
+    try:
+        return call()
+    except Exception as e:
+        return type(e), str(e)
+
+
 def available_memory() -> int:
     """Bytes that the system has free."""
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

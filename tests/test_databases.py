@@ -9,7 +9,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, assert_close, double
+from common import DTYPES, assert_close, double, outcome
 from test_adamw import exact, train
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
@@ -85,14 +85,6 @@ def tensors(*trees):
 def exactly(value):
     """A tensor of floats in float64; anything else, class indices too, as it is."""
     return double(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-
-
-def outcome(call):
-    """What a call gives: a tensor, or the error it raises."""
-    try:
-        return call()
-    except Exception as e:
-        return type(e), str(e)
 
 
 FLOAT64_ATTENTION = pytest.mark.torch_serves("attention in float64")

@@ -435,8 +435,8 @@ __device__ void sum_tile(int64_t rows, int64_t n, bool vectors, float* parts, Bo
 // Second step: out[blockIdx.y][column] = the sum of `count` parts.
 constexpr int kSumLines = 16;
 
-// Of each file its own, for files differ in their architectures: what nvcc 12 makes of one that they share may be the
-// one of a file without this GPU's.
+// Static, for files are built for different architectures: nvcc 12 may merge what they share, and a launch would then
+// find the code of a file that has none for this GPU.
 template <class Out>
 static __global__ void __launch_bounds__(32 * kSumLines)
     sum_parts_kernel(const float* parts, int64_t count, int64_t n, Out* first, Out* second) {
