@@ -47,7 +47,7 @@ def _sides(x, small):
 
 @triton.jit
 def normal_cdf(x):
-    """P(X < x), P(X > x); the lesser is erfc(a / sqrt 2) / 2 = 2^(a p(a) - 1), a = |x|, p as in ``csrc/cpu/simd.h``."""
+    """P(X < x), P(X > x); the lesser is erfc(a / sqrt 2) / 2 = 2^(a p(a) - 1), a = |x|, p: ``csrc/math/gelu.h``."""
     a = tl.minimum(tl.abs(x), 14.2)
     p = a * 5.281241399757164e-08 - 2.0457730443013133e-06
     p = p * a + 2.7296080588712357e-05

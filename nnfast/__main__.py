@@ -24,7 +24,7 @@ def rows() -> list[tuple[str, str, str, str]]:
 def products() -> str:
     """Which library multiplies on this CPU: the same for the whole process."""
     numbers = backend.native.thresholds() if backend.native else {}
-    if backend.available("cpu"):
+    if backend.available("cpu") or backend.forced() == "torch":
         return "torch's"
     if numbers["product.gemm_16_bits"]:
         ours = " and ".join(name for name in ("bfloat16", "float16") if not one_dnn_has(getattr(torch, name)))
@@ -57,10 +57,10 @@ def main() -> int:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can use"
     print(f"GPU     {gpu}")
     print(f"Triton  {'installed' if importlib.util.find_spec('triton') else 'not installed'}")
-    print(f"product {products()}")
+    print(f"products of matrices: {products()}")
     loaded = f"built for torch {backend.native.built_for}" if backend.native else ""
     print(f"native  {'; '.join(filter(None, (loaded, backend.why_not)))}")
-    print(f"compile stay ours: {compiled.summary()}")
+    print(f"under torch.compile nnfast serves: {compiled.summary()}")
     if backend.native:
         live, kept = (size >> 20 for size in backend.native.memory())
         print(f"memory  {live} MB in use by large outputs, {kept} MB kept for the next until nnfast.empty_cache()")

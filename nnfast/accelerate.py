@@ -32,7 +32,15 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.12 on
     _OURS[torch.nn.LinearCrossEntropyLoss] = nn.LinearCrossEntropyLoss
 
 #: Functions of torch's that a forward may call itself, and that ours could serve.
-_FUNCTIONS = "gelu", "layer_norm", "linear", "scaled_dot_product_attention", "cross_entropy", "linear_cross_entropy"
+_FUNCTIONS = (
+    "embedding",
+    "gelu",
+    "layer_norm",
+    "linear",
+    "scaled_dot_product_attention",
+    "cross_entropy",
+    "linear_cross_entropy",
+)
 
 # Left on a module that accelerate swapped, in its __dict__: the class it had. It travels with deepcopy and pickle, and
 # state_dict does not see it.
@@ -57,11 +65,10 @@ class _LibraryGELU(torch.nn.Module):
 
     def __getattr__(self, name: str):
         """What the library's own class defines."""
-        was = self.__dict__.get(_WAS)
-        if was is None or not hasattr(was, name):
-            return super().__getattr__(name)
-        value = getattr(was, name)
-        return types.MethodType(value, self) if isinstance(value, types.FunctionType) else value
+        was = self.__dict__.get(_WAS, object)
+        for value in (vars(base)[name] for base in was.__mro__ if name in vars(base)):
+            return value.__get__(self, was) if hasattr(value, "__get__") else value  # a method or a property
+        return super().__getattr__(name)
 
     def _get_name(self) -> str:
         return self.__dict__[_WAS].__name__
@@ -209,7 +216,7 @@ class Report:
         for title, rows in (("served", self.served), ("left", self.left)):
             width = max((len(name) for name, _ in rows), default=0)
             lines += [f"  {title}: {name or '(the model itself)':{width}}  {what}" for name, what in rows]
-        return "\n".join([*lines, f"  under torch.compile, stay ours: {compiled.summary()}"])
+        return "\n".join([*lines, f"  under torch.compile nnfast serves: {compiled.summary()}"])
 
 
 def report(model: torch.nn.Module) -> Report:

@@ -123,7 +123,7 @@ def server(op: str, device: str) -> tuple[str, str]:
         return "cuda", covered
     if why := no_triton():
         return "torch", f"not among the CUDA kernels, and {why}"
-    return ("triton", covered) if op in kernels.OPS else ("torch", "as fast as a kernel of ours would be")
+    return ("triton", covered) if op in kernels.OPS else ("torch", "nnfast has no GPU kernel for it")
 
 
 @functools.cache
@@ -191,7 +191,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         RuntimeError: at once where the backend is not to be had here, and at the call where it does not cover the
-            inputs. Nothing falls back silently inside this block.
+            inputs (but for ``embedding``, whose arithmetic is torch's in any case). Nothing else falls back silently
+            inside this block.
     """
     before = _forced.name
     _force(name)

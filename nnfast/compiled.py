@@ -62,7 +62,7 @@ def summary() -> str:
     dtypes: dict[str, list[str]] = {}
     for op, dtype in GAINS:
         dtypes.setdefault(op, []).append(str(dtype).removeprefix("torch."))
-    return ", ".join(f"{op} ({' and '.join(names)})" for op, names in dtypes.items()) + ", an optimizer's step"
+    return ", ".join(f"{op} ({', '.join(names)})" for op, names in dtypes.items()) + ", an optimizer's step"
 
 
 @constant_in_a_graph

@@ -171,7 +171,9 @@ def cross_entropy(
     mean is over the weights of the classes that are not ignored.
 
     Args:
-        input: ``(N, C)``, ``(C,)`` or ``(N, C, d1, ...)``; float32, bfloat16, float16 or float64.
+        input: ``(N, C)``, ``(C,)`` or ``(N, C, d1, ...)``; float32, bfloat16, float16 or float64. On a GPU the call is
+            torch's, and where the classes of more than two dimensions do not follow each other in memory, as in
+            ``channels_last`` they do.
         target: class indices, ``(N,)``, ``()`` or ``(N, d1, ...)``, int64. Probabilities are torch's.
         weight: ``(C,)``, in the input's dtype, or None.
         ignore_index: the class whose rows count for nothing.
@@ -323,7 +325,8 @@ def scaled_dot_product_attention(
     values the probabilities are rounded to it, as in torch, where the CPU multiplies pairs of bfloat16.
 
     Args:
-        query: ``(N, H, L, E)``; float32, bfloat16 or float16 on a CPU, any strides.
+        query: ``(N, H, L, E)``; float32, bfloat16 or float16 on a CPU, any strides. Other numbers of dimensions,
+            float64 and a GPU are torch's.
         key, value: ``(N, Hk, S, E)`` and ``(N, Hk, S, Ev)``; ``Hk`` is ``H`` or, with ``enable_gqa``, divides it.
         attn_mask: what is added to the scores, in the query's dtype or float32, or a boolean one that is true where a
             key takes part; ``(L, S)`` or up to four dimensions that broadcast to ``(N, H, L, S)``. A query that sees no

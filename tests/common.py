@@ -60,7 +60,6 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
     wide[..., : t.shape[-1]] = t
     apart = t.new_empty(*t.shape[:-1], 2 * t.shape[-1])
     apart[..., ::2] = t
-    flat = t.new_empty(t.numel() + 7)
     offsets = {}
     for k in (1, 3, 7):
         flat = t.new_empty(t.numel() + 7)

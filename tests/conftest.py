@@ -147,7 +147,7 @@ def short_rows():
 
 @pytest.fixture
 def some_kernels(request):
-    """The same, where some of the calls are torch's in any case."""
+    """``cpu_kernels``, where some of the calls are torch's in any case."""
     from nnfast import backend
 
     if (why := backend.available("cpu")) and not request.config.getoption("--shut-gate"):

@@ -746,20 +746,43 @@ def test_gelus_of_transformers(name, cpu_kernels):
     assert kinds(nnfast.restore(model)) == kinds(plain)
 
 
+def test_a_gelu_keeps_what_its_class_defines(monkeypatch, cpu_kernels):
+    kind = pytest.importorskip("transformers.activations").GELUActivation
+    monkeypatch.setattr(kind, "scale", 2, raising=False)
+    monkeypatch.setattr(kind, "scaled", lambda self, x: self(x) * self.scale, raising=False)
+    monkeypatch.setattr(kind, "named", property(lambda self: f"{self.scale} {self}"), raising=False)
+    monkeypatch.setattr(kind, "twice", staticmethod(lambda x: 2 * x), raising=False)
+    monkeypatch.setattr(kind, "made", classmethod(lambda cls: cls()), raising=False)
+    model = nnfast.accelerate(torch.nn.Sequential(kind()))
+    assert type(model[0]) is not kind
+    x = torch.randn(9)
+    torch.testing.assert_close(model[0].scaled(x), 2 * kind()(x))
+    assert (model[0].scale, model[0].named, model[0].twice(3)) == (2, f"2 {kind()}", 6)
+    assert type(model[0].made()) is kind
+    for missing in ("mro", "nothing"):
+        with pytest.raises(AttributeError, match=missing):
+            getattr(model[0], missing)
+
+
 @pytest.mark.torch_serves("what computes something else is left alone")
 def test_a_gelu_is_what_it_computes_not_its_name(monkeypatch):
-    """A library's class that has come to compute something else is left alone."""
+    """A library's class that has come to compute something else, or nothing that we can look at, is left alone."""
     activations = pytest.importorskip("transformers.activations")
-    monkeypatch.setattr(activations.GELUActivation, "forward", lambda self, x: x * torch.sigmoid(1.702 * x))
-    model = nnfast.accelerate(torch.nn.Sequential(activations.GELUActivation(), activations.QuickGELUActivation()))
-    assert kinds(model)[1:] == [activations.GELUActivation, activations.QuickGELUActivation]
-    assert {name for name, _ in nnfast.report(model).left} == {"0", "1"}
+    for forward in (lambda self, x: x * torch.sigmoid(1.702 * x), lambda self, x: x.view(2, 2, 2)):
+        monkeypatch.setattr(activations.GELUActivation, "forward", forward)
+        model = nnfast.accelerate(torch.nn.Sequential(activations.GELUActivation(), activations.QuickGELUActivation()))
+        assert kinds(model)[1:] == [activations.GELUActivation, activations.QuickGELUActivation]
+        assert {name for name, _ in nnfast.report(model).left} == {"0", "1"}
 
 
 def test_a_forward_on_the_instance_is_left():
     model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     model[0].forward = lambda x: x
     assert type(nnfast.accelerate(model)[0]) is torch.nn.Linear and "on the instance" in str(nnfast.report(model))
+    gelu = pytest.importorskip("transformers.activations").GELUActivation()
+    gelu.forward = lambda x: x
+    model = torch.nn.Sequential(gelu)
+    assert nnfast.accelerate(model)[0] is gelu and "on the instance" in str(nnfast.report(model))
 
 
 def test_wrapped_models_and_tracers():

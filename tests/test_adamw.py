@@ -870,6 +870,14 @@ def test_stochastic_rounding(backend):
     with use_backend(backend):
         optim.AdamW([p], lr=1e-4, weight_decay=0.0).step()
     assert (p == 1).all()
+    # Equal parameters in a group, and in another, are not rounded alike.
+    alike = [torch.ones(100_003, dtype=torch.bfloat16).requires_grad_() for _ in range(4)]
+    for p in alike:
+        p.grad = torch.ones_like(p)
+    groups = [{"params": alike[:2]}, {"params": alike[2:]}]
+    with use_backend(backend):
+        optim.AdamW(groups, lr=1e-4, weight_decay=0.0, stochastic_rounding=True).step()
+    assert not any(torch.equal(p, q) for p, q in itertools.combinations(alike, 2))
 
 
 def test_extras_are_checked():

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from common import DTYPES, served
+from common import DTYPES, served, thresholds
 from torch.nn.utils import clip_grad_norm_ as torchs_clip
 
 import nnfast.nn as nn
@@ -132,6 +132,32 @@ def test_layouts(layout, call):
         assert results[0] == results[1]
     else:
         torch.testing.assert_close(*results)
+
+
+def test_other_python_threads_may_run_meanwhile():
+    """What takes long gives Python's lock back, and holds its tensors itself: nobody else may."""
+    params = leaves(torch.float32, [(5,), (64, 64)])
+    others = twin(params)
+    for p, q in zip(params, others, strict=True):
+        (p * 1).sum().backward(inputs=[p])
+        q.grad = p.grad.clone()
+    with thresholds(release_gil_elements=1), served("without_gil", "total_norm", "scale_"):
+        norm = utils.clip_grad_norm_(params, 0.1)
+    torch.testing.assert_close(norm, torchs_clip(others, 0.1))
+    torch.testing.assert_close([p.grad for p in params], [p.grad for p in others])
+
+
+@pytest.mark.torch_serves("no memory, or nothing to take the norm of")
+def test_foreach_goes_on_to_torch():
+    meta = [torch.ones(3, device="meta")]
+    for foreach in (None, False, True):
+        outcomes = []
+        for function in (utils.get_total_norm, torch.nn.utils.get_total_norm):
+            try:
+                outcomes.append(function(meta, foreach=foreach).shape)
+            except RuntimeError as e:
+                outcomes.append(str(e))
+        assert outcomes[0] == outcomes[1]
 
 
 def test_what_may_be_given():

@@ -102,7 +102,7 @@ def test_doctor():
     assert done.returncode == 0 and torch.__version__ in done.stdout
     for op in backend.native.ops() if backend.native else ():
         assert op in done.stdout
-    assert re.search("^product ", done.stdout, re.MULTILINE)
+    assert re.search("^products of matrices: ", done.stdout, re.MULTILINE)
 
 
 def test_use_backend_raises_for_what_is_not_there():
@@ -268,6 +268,16 @@ def test_environment_variable_holds_every_thread():
     env = {**os.environ, "NNFAST_BACKEND": "torch"}
     done = subprocess.run([sys.executable, "-c", ON_A_THREAD], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "True", done.stdout + done.stderr
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_environment_variable_is_read_at_the_import(monkeypatch):
+    """A thread that starts later is held as the others are."""
+    monkeypatch.setenv("NNFAST_BACKEND", "torch")
+    with served("layer_norm"):
+        thread = threading.Thread(target=lambda: F.layer_norm(torch.randn(3, 64), [64]))
+        thread.start()
+        thread.join()
 
 
 # ATEN_CPU_CAPABILITY, and the kernels that it gives. AVX-512 without its conversion to bfloat16 is older CPUs'.

@@ -6,11 +6,6 @@
 #include "step.h"
 
 namespace nnfast {
-
-// Names that the tests know.
-Path step_threads("step.threads"), reordered_gradient("step.reordered_gradient"), in_order("step.in_order");
-Threshold step_grain("step.grain", 16384), step_chunk("step.chunk", 65536);
-
 namespace {
 
 Path served("adamw_"), exact("adamw_.master"), by_chance("adamw_.stochastic");

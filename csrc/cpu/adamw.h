@@ -28,7 +28,7 @@ void adamw_kernel(const AdamWTensor& t, int64_t begin, int64_t end) {
     // Where v falls by less than half a unit a step, rounding to nearest would leave it for ever.
     bool stored = false;
     if constexpr (std::is_same_v<S, bf16>)
-      if ((stored = t.stochastic)) store_by_chance(v + i, exp_avg_sq, ~t.seed, (uint32_t)(begin + i), part);
+      if ((stored = t.stochastic)) store_stochastic(v + i, exp_avg_sq, ~t.seed, (uint32_t)(begin + i), part);
     if (!stored) store(v + i, exp_avg_sq, part);
     if constexpr (AmsGrad) {
       exp_avg_sq = maximum(load(top + i, part), exp_avg_sq);
@@ -46,7 +46,7 @@ NNFAST_INLINE void adamw_of(const AdamWTensor& t, int64_t begin, int64_t end) {
 }
 
 NNFAST_INLINE void adamw(const AdamWTensor& t, int64_t begin, int64_t end) {
-  visit_step(t, [&](auto e, auto s) { adamw_of<decltype(e), decltype(s)>(t, begin, end); });
+  visit(t.dtype, t.state_dtype, [&](auto e, auto s) { adamw_of<decltype(e), decltype(s)>(t, begin, end); });
 }
 
 }  // namespace nnfast::NNFAST_ISA

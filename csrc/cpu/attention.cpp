@@ -1,6 +1,6 @@
 // Scaled dot product attention on a CPU: memory and threads. The arithmetic is in attention.h.
-#include <ATen/ExpandUtils.h>
 #include <ATen/Parallel.h>
+#include <ATen/ceil_div.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -58,7 +58,7 @@ struct Call {
 
   int64_t threads() const {
     const int64_t work = f.batch * f.heads * f.queries * f.keys * (f.size + f.value_size) / (f.causal ? 2 : 1);
-    return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), work / thread_multiply_adds));
+    return threads_for(work, thread_multiply_adds);
   }
   // Every task once, by whichever thread is free. The last of a head first: in causal order they take longest.
   void run(Attention::Part part, int64_t tasks) const {
@@ -74,16 +74,11 @@ struct Call {
   }
 };
 
-void check(bool covered) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      cpu_kernels() && covered,
-      "nnfast::scaled_dot_product_attention does not cover this call; nnfast.nn.functional hands it to torch");
-}
-
 std::tuple<Tensor, Tensor> attention_cpu(
     const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask, bool is_causal,
     std::optional<double> scale) {
-  check(covers_attention(query, key, value, attn_mask, is_causal));
+  check_covered(
+      cpu_kernels() && covers_attention(query, key, value, attn_mask, is_causal), "scaled_dot_product_attention");
   forward.taken();
   Call call(query, key, value, attn_mask, is_causal, scale);
   auto sizes = query.sizes().vec();
@@ -106,7 +101,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
     const Tensor& grad_out_, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
     const Tensor& output_, const Tensor& stats, bool is_causal, std::optional<double> scale,
     std::array<bool, 3> output_mask) {
-  check(covers_attention(query, key, value, attn_mask, is_causal));
+  check_covered(
+      cpu_kernels() && covers_attention(query, key, value, attn_mask, is_causal),
+      "scaled_dot_product_attention_backward");
   check_attention_backward(grad_out_, query, value, output_, stats);
   backward.taken();
   Call call(query, key, value, attn_mask, is_causal, scale);
@@ -118,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_cpu(
   f.output = view(output), f.stats = const_cast<float*>(kept.const_data_ptr<float>()), f.grad_out = view(grad_out);
   f.grad_query = view(grad_query), f.grad_key = view(grad_key), f.grad_value = view(grad_value);
   // By heads there are five products a block; by blocks, which make two of them twice, seven.
-  const int64_t heads = f.batch * f.kv_heads, threads = call.threads(), rounds = (heads + threads - 1) / threads;
+  const int64_t heads = f.batch * f.kv_heads, threads = call.threads(), rounds = at::ceil_div(heads, threads);
   const bool enough = rounds * threads * 5 <= heads * 7;
   if (enough && cpu_kernels()->attention_scratch(f, Attention::Part::backward_head) <= head_bytes) {
     by_heads.taken();

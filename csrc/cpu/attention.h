@@ -4,7 +4,7 @@
 // Scalar math, for one query q with the keys k_j that it may see:
 //   s_j = scale q . k_j + bias_j,   m = max s_j,   p_j = e^(s_j - m),   l = sum p_j,   output = sum p_j v_j / l
 // block after block: where a later block raises m, what was summed before is multiplied by e^(old m - new m).
-// Backward, with m and 1 / l kept from the forward, for their one number m + log l would lose digits to rounding:
+// Backward, with m and 1 / l kept from the forward, for in their sum m + log l digits would be lost to rounding:
 //   p_j = e^(s_j - m) / l,   dp_j = grad . v_j,   ds_j = p_j (dp_j - delta),   delta = grad . output
 //   grad_v_j = sum over queries of p_j grad,   grad_k_j = scale sum of ds_j q,   grad_q = scale sum of ds_j k_j
 //
@@ -65,19 +65,10 @@ NNFAST_INLINE f32v before(f32v v, int64_t count, float value) {
 #else
   const f32v lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
 #endif
-  return if_negative(lane - n, f32v(value), v);
+  return blend_negative(lane - n, f32v(value), v);
 }
 
-// The mask's part for this block, transposed as the scores are: what is added to a score, minus infinity where a
-// boolean mask says no. `rows` is room for as much again.
-NNFAST_INLINE void mask_row(const bool* mask, int64_t stride, int64_t n, float* row) {
-  bool gathered[kBlock];
-  if (stride != 1) {
-    for (int64_t j = 0; j < n; ++j) gathered[j] = mask[j * stride];
-    mask = gathered;
-  }
-  for (int64_t j = 0; j < n; ++j) row[j] = mask[j] ? 0.0f : -INFINITY;  // which the compiler takes by registers
-}
+// row[j] = what is added to the score of key j: the mask, or minus infinity where a boolean one says no.
 template <class M>
 NNFAST_INLINE void mask_row(const M* mask, int64_t stride, int64_t n, float* row) {
   M gathered[kBlock];
@@ -85,11 +76,15 @@ NNFAST_INLINE void mask_row(const M* mask, int64_t stride, int64_t n, float* row
     for (int64_t j = 0; j < n; ++j) gathered[j] = mask[j * stride];
     mask = gathered;
   }
-  sweep<float, f32v>(
-      n, [&](int64_t j, auto part) NNFAST_LAMBDA { store(row + j, load(mask + j, part), Full<f32v>{}); });
+  if constexpr (std::is_same_v<M, bool>)
+    for (int64_t j = 0; j < n; ++j) row[j] = mask[j] ? 0.0f : -INFINITY;  // which the compiler takes by registers
+  else
+    sweep<float, f32v>(
+        n, [&](int64_t j, auto part) NNFAST_LAMBDA { store(row + j, load(mask + j, part), Full<f32v>{}); });
 }
-// Returns whether there is anything to add: a block whose keys all its queries see, as most of a causal mask's and of
-// one for padding, is left as it is.
+// The mask's part for this block, transposed as the scores are; `rows` is room for as much again. Returns whether there
+// is anything to add: a block whose keys all its queries see, as most of a causal mask's and of one for padding, is
+// left as it is.
 template <class M>
 NNFAST_INLINE bool read_mask(const Attention& f, const M* mask, const Range& range, float* bias, float* rows) {
   const int64_t down = f.mask_strides[2], along = f.mask_strides[3];
@@ -107,7 +102,7 @@ NNFAST_INLINE bool read_mask(const Attention& f, const M* mask, const Range& ran
     return true;
   }
   for (int64_t i = 0; i < range.queries; ++i) mask_row(p + i * down, along, range.keys, rows + i * kBlock);
-  turn({rows, kBlock}, range.queries, range.keys, bias);
+  transpose({rows, kBlock}, range.queries, range.keys, bias);
   return true;
 }
 NNFAST_INLINE bool read_mask(const Attention& f, int64_t b, int64_t h, const Range& range, float* bias, float* rows) {
@@ -215,7 +210,7 @@ NNFAST_INLINE void softmax(
     for (; j < rows; j += kGroup) most_of = at_least(load_rows(scores + j * kBlock + n), most_of);
     const f32v most = at_least(at_least(most_of.lo.lo, most_of.lo.hi), at_least(most_of.hi.lo, most_of.hi.hi));
     // Where no key was seen yet, 0 is subtracted instead, and e^(-infinity - 0) = 0.
-    const f32v base = if_negative(most + 3.40282347e38f, f32v(0.0f), most);
+    const f32v base = blend_negative(most + 3.40282347e38f, f32v(0.0f), most);
     auto total = each_row(0.0f);
     for (j = 0; j < rows; j += kGroup) {
       const auto e = exp(load_rows(scores + j * kBlock + n) - each_row(base));
@@ -285,7 +280,7 @@ void attention_block(const Attention& f, int64_t task, Scratch scratch) {
   const int64_t q0 = task % blocks * kBlock, kv = h / (f.heads / f.kv_heads),
                 queries = std::min(kBlock, f.queries - q0);
   const int64_t e = words<T>(f.size), ev = padded(f.value_size);
-  turn(by_words<T>(head<T>(f.query, b, h, q0), queries, f.size, s.query_words), queries, e, s.queries);
+  transpose(by_words<T>(head<T>(f.query, b, h, q0), queries, f.size, s.query_words), queries, e, s.queries);
   for (int64_t i = 0; i < kBlock; ++i) s.maximum[i] = -INFINITY, s.sum[i] = 0;
   const bool scaled = f.scaled_first();
   const Exponential exp(scaled ? kLog2E : f.scale * kLog2E);

@@ -39,8 +39,8 @@ struct BackwardBlocks {
     const auto q = head<T>(f.query, b, h, q0), g = head<T>(f.grad_out, b, h, q0), o = head<T>(f.output, b, h, q0);
     const Words q_words = by_words<T>(q, queries, f.size, s.query_words);
     const Words g_words = by_words<T>(g, queries, f.value_size, s.grad_words);
-    turn(q_words, queries, e, s.queries);
-    turn(g_words, queries, ev, s.grads);
+    transpose(q_words, queries, e, s.queries);
+    transpose(g_words, queries, ev, s.grads);
     if (rows) {
       query_rows = by_registers<T>(q, queries, f.size, q_words, s.query_rows);
       grad_rows = by_registers<T>(g, queries, f.value_size, g_words, s.grad_rows);

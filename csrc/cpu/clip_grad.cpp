@@ -12,21 +12,19 @@ namespace {
 
 Path normed("total_norm"), scaled("scale_");
 
-void check_covered(at::TensorList tensors, const char* name) {
-  bool covered = cpu_kernels();
-  for (const auto& t : tensors) covered = covered && covers_clip(t);
-  TORCH_CHECK_NOT_IMPLEMENTED(covered, "nnfast::", name, " does not cover this call");
+bool covers_all(at::TensorList tensors) {
+  return cpu_kernels() && std::all_of(tensors.begin(), tensors.end(), covers_clip);
 }
 
 // Summed in double within a chunk and over the chunks in their order: the same for any number of threads.
 Tensor total_norm_cpu(at::TensorList tensors, double norm_type) {
   const bool largest = norm_type == std::numeric_limits<double>::infinity();
   TORCH_CHECK_NOT_IMPLEMENTED(largest || norm_type == 2, "nnfast::total_norm: norm_type 2 or infinity");
-  check_covered(tensors, "total_norm");
+  check_covered(covers_all(tensors), "total_norm");
   Tensor out = at::empty({}, at::kDouble);
   normed.taken();
   int64_t chunks = 0;
-  for (const auto& t : tensors) chunks += (t.numel() + step_chunk - 1) / step_chunk;
+  for (const auto& t : tensors) chunks += at::ceil_div(t.numel(), int64_t{step_chunk});
   std::vector<double> parts(chunks);
   const auto* kernels = cpu_kernels();
   for_each_chunk(tensors, [&](size_t i, int64_t begin, int64_t end, int64_t chunk) {
@@ -40,7 +38,7 @@ Tensor total_norm_cpu(at::TensorList tensors, double norm_type) {
 }
 
 void scale_cpu(at::TensorList tensors, double factor) {
-  check_covered(tensors, "scale_");
+  check_covered(covers_all(tensors), "scale_");
   scaled.taken();
   const auto scale = [&](at::TensorList some) {
     for_each_chunk(some, [&](size_t i, int64_t begin, int64_t end, int64_t) {

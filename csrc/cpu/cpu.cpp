@@ -13,7 +13,7 @@
 
 namespace nnfast {
 
-// What a core can count on of the last cache. The system is no help here: on a virtual machine it may name the whole
+// How much of the last cache a core can count on. The system is not asked: on a virtual machine it may name the whole
 // host's.
 static Threshold stream_bytes("stream_bytes", int64_t(32) << 20);
 static Path streamed("streamed");
@@ -102,8 +102,10 @@ bool may_stream(size_t bytes) {
 
 int64_t row_grain(int64_t size) { return std::max<int64_t>(1, thread_elements / std::max<int64_t>(1, size)); }
 
-int64_t row_threads(int64_t rows, int64_t size) {
-  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), rows / row_grain(size)));
+int64_t threads_for(int64_t work, int64_t least) {
+  return std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), work / least));
 }
+
+int64_t row_threads(int64_t rows, int64_t size) { return threads_for(rows, row_grain(size)); }
 
 }  // namespace nnfast

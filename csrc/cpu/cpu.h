@@ -46,13 +46,15 @@ class RowSums {
 void for_each_block(
     int64_t rows, int64_t size, int64_t threads, const std::function<void(int64_t, int64_t, int64_t)>& f);
 
-// Whether `output` is better written past the caches. What a call touches (`bytes`, the output among them) would not
-// stay there until the next op in any case, and without the detour a line is not read before it is overwritten. Every
-// row must start on a line.
+// Whether `output` should be written past the caches: where the call touches so many `bytes`, the output among them,
+// that it would be evicted before the next op reads it. Such a store also saves reading each line before it is
+// overwritten. Every row must start on a line.
 bool may_stream(const at::Tensor& output, size_t bytes);
 // The same for a kernel that looks for the lines itself.
 bool may_stream(size_t bytes);
 
+// How many threads share so much work, of which each takes `least` or more; one at the least.
+int64_t threads_for(int64_t work, int64_t least);
 // How many threads share `rows` rows of `size` elements: each gets at least some 16k elements, below which one
 // more thread costs more than it brings.
 int64_t row_grain(int64_t size);

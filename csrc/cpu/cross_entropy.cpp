@@ -34,9 +34,7 @@ struct Logits {
     const bool covered =
         cpu_kernels() && covers_cross_entropy(input, target, weight_, ignore_index, label_smoothing, dtype);
     if (!covered) check_classes(target, size, ignore_index);  // in a compiled graph nobody has looked before
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        covered,
-        "nnfast::cross_entropy does not cover this call; nnfast.nn.functional.cross_entropy hands it to torch");
+    check_covered(covered, "cross_entropy");
     if (defined(weight_)) weight = weight_->to(acc).contiguous();
     if (reduction == at::Reduction::Mean) total = *total_weight(target, weight_, size, ignore_index);
   }
@@ -75,17 +73,17 @@ void cross_entropy_losses(
     const Tensor& losses) {
   const int64_t rows = x.target.numel();
   const CrossEntropyForward f{
-      cpu_dtype(input),
-      x.size,
-      x.rows.stride,
-      label_smoothing,
-      ignore_index,
-      x.rows.tensor.const_data_ptr(),
-      x.target.const_data_ptr<int64_t>(),
-      x.weights(),
-      stats.mutable_data_ptr(),
-      (char*)stats.mutable_data_ptr() + rows * stats.element_size(),
-      losses.mutable_data_ptr()};
+      .dtype = cpu_dtype(input),
+      .size = x.size,
+      .input_stride = x.rows.stride,
+      .smoothing = label_smoothing,
+      .ignore_index = ignore_index,
+      .input = x.rows.tensor.const_data_ptr(),
+      .target = x.target.const_data_ptr<int64_t>(),
+      .weight = x.weights(),
+      .max = stats.mutable_data_ptr(),
+      .sum = (char*)stats.mutable_data_ptr() + rows * stats.element_size(),
+      .loss = losses.mutable_data_ptr()};
   at::parallel_for(
       0, rows, row_grain(x.size), [&](int64_t begin, int64_t end) { cpu_kernels()->cross_entropy(f, begin, end); });
 }
@@ -123,23 +121,23 @@ void cross_entropy_grad(
     all_weights = x.acc == at::kDouble ? sum<double>(x.weight) : sum<float>(x.weight);
   const bool in_place = grad_input.const_data_ptr() == x.rows.tensor.const_data_ptr();
   const CrossEntropyBackward b{
-      cpu_dtype(input),
-      x.size,
-      x.rows.stride,
-      each,
-      label_smoothing,
-      ignore_index,
-      all_weights,
-      x.total,
-      x.rows.tensor.const_data_ptr(),
-      x.target.const_data_ptr<int64_t>(),
-      x.weights(),
-      stats.const_data_ptr(),
-      (const char*)stats.const_data_ptr() + rows * stats.element_size(),
-      grad.const_data_ptr(),
-      grad_input.mutable_data_ptr(),
-      !in_place && x.size * grad_input.element_size() >= streamed_row &&
-          may_stream(grad_input.nbytes() + input.nbytes())};
+      .dtype = cpu_dtype(input),
+      .size = x.size,
+      .input_stride = x.rows.stride,
+      .grad_stride = each,
+      .smoothing = label_smoothing,
+      .ignore_index = ignore_index,
+      .all_weights = all_weights,
+      .total_weight = x.total,
+      .input = x.rows.tensor.const_data_ptr(),
+      .target = x.target.const_data_ptr<int64_t>(),
+      .weight = x.weights(),
+      .max = stats.const_data_ptr(),
+      .sum = (const char*)stats.const_data_ptr() + rows * stats.element_size(),
+      .grad = grad.const_data_ptr(),
+      .grad_input = grad_input.mutable_data_ptr(),
+      .stream = !in_place && x.size * grad_input.element_size() >= streamed_row &&
+                may_stream(grad_input.nbytes() + input.nbytes())};
   at::parallel_for(0, rows, row_grain(x.size), [&](int64_t begin, int64_t end) {
     cpu_kernels()->cross_entropy_backward(b, begin, end);
   });
@@ -179,8 +177,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
       cpu_kernels() && covers_linear_cross_entropy(
                            input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing, type);
   if (!covered && linear_weight.dim() == 2) check_classes(target, linear_weight.size(0), ignore_index);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      covered, "nnfast::linear_cross_entropy does not cover this call; nnfast.nn.functional hands it to torch");
+  check_covered(covered, "linear_cross_entropy");
   const int64_t rows = input.size(0), features = input.size(1), classes = linear_weight.size(0);
   const int64_t at_most = std::max<int64_t>(1, block_bytes / (classes * input.element_size()));
   const int64_t blocks = std::max<int64_t>(1, (rows + at_most - 1) / at_most), block = (rows + blocks - 1) / blocks;
@@ -210,11 +207,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
     cross_entropy_grad(
         each ? grad.narrow(0, row, count) : grad, logits, stats, l, reduction, ignore_index, label_smoothing, logits);
     if (mask[0]) grad_input.narrow(0, row, count).copy_(product(logits, w_t));
-    if (mask[1] && blocks == 1) grad_weight = product_tn(logits, x);
+    if (mask[1] && blocks == 1) grad_weight = product(logits.t(), x.t());
     if (mask[1] && blocks > 1)
       for (int64_t c = 0; c < classes; c += part) {
         const int64_t some = std::min(part, classes - c);
-        const Tensor sum = grad_weight.narrow(0, c, some), added = product_tn(logits.narrow(1, c, some), x);
+        const Tensor sum = grad_weight.narrow(0, c, some), added = product(logits.narrow(1, c, some).t(), x.t());
         row == 0 ? sum.copy_(added) : sum.add_(added);
       }
     if (mask[2]) {

@@ -38,7 +38,28 @@ NNFAST_INLINE double log_from_one(double x, float) {
 }
 NNFAST_INLINE double log_from_one(double x, double) { return std::log(x); }
 
-// What is known of a row: of the logits read so far, and in the end of all.
+// The largest of a run, -inf of an empty one; a NaN is passed over.
+template <class A, class Wide = Quad<A>>
+struct Largest {
+  Wide m;
+  NNFAST_MEMBER Largest() : m(A(-INFINITY)) {}
+  // The second operand of at_least stays where the first is NaN.
+  NNFAST_MEMBER void take(Wide v) { m = at_least(v, m); }
+  NNFAST_MEMBER void take(Vec<A> v) { m = at_least(Wide(Pair<Vec<A>>(v, v), Pair<Vec<A>>(v, v)), m); }
+  NNFAST_MEMBER A total() const { return largest(at_least(at_least(m.lo.lo, m.lo.hi), at_least(m.hi.lo, m.hi.hi))); }
+};
+
+// body(i, part, past) over a run that is written to p: as sweep, and with `past` where `stream` says so and p + i is on
+// a line.
+template <class A, class T, class Body>
+NNFAST_INLINE void sweep_lines(const T* p, int64_t n, bool stream, Body body) {
+  int64_t head = stream ? (int64_t)(-(uintptr_t)p % 64 / sizeof(T)) : 0;
+  if (head > n) head = n;
+  if (head) sweep<A>(head, [&](int64_t i, auto part) NNFAST_LAMBDA { body(i, part, false); });
+  sweep<A>(n - head, [&](int64_t i, auto part) NNFAST_LAMBDA { body(head + i, part, stream); });
+}
+
+// Running sums of a row: over the logits read so far, and in the end over all.
 struct RowOfLogits {
   double max = -INFINITY, total = 0;       // total = sum of exp(x_c - max)
   double weights = 0, weighted_below = 0;  // sums of w_c and of w_c (max - x_c)
@@ -184,13 +205,13 @@ NNFAST_INLINE void to_classes(const T* x, int64_t rows, int64_t size, FewLogits&
   sweep<float>(rows * size, [&](int64_t i, auto part) NNFAST_LAMBDA { store(wide.x + i, load(x + i, part), part); });
   store(wide.x + rows * size, f32v(0.0f), Full<f32v>{});
   if (rows < kLogitRows) by_class = {};
-  turn<kLogitRows>(wide.x, size, rows, padded(size), by_class.x);
+  transpose<kLogitRows>(wide.x, size, rows, padded(size), by_class.x);
 }
 
 // rows[r][c] = by_class[c][r].
 NNFAST_INLINE void to_rows(const FewLogits& by_class, int64_t count, int64_t size, FewLogits& rows) {
   FewLogits apart;
-  turn<kFewClasses>(by_class.x, kLogitRows, size, kLogitRows, apart.x);
+  transpose<kFewClasses>(by_class.x, kLogitRows, size, kLogitRows, apart.x);
   for (int64_t r = 0; r < count; ++r)
     for (int64_t c = 0; c < size; c += kLanes)
       store(rows.x + r * size + c, load(apart.x + r * kFewClasses + c, Full<f32v>{}), Full<f32v>{});

@@ -34,7 +34,7 @@ NNFAST_INLINE V exp_of_negative(V x) {
 template <class V>
 NNFAST_INLINE Sides<V> sides(V x, V small) {
   const V large = V(1.0f) - small;
-  return {if_negative(x, small, large), if_negative(x, large, small)};
+  return {blend_negative(x, small, large), blend_negative(x, large, small)};
 }
 
 // Scalar math: z = e^-|x|, small = z / (1 + z).

@@ -1,5 +1,6 @@
 // The product of two matrices on a CPU: memory and threads. The arithmetic is in gemm.h.
 #include <ATen/Parallel.h>
+#include <ATen/ceil_div.h>
 
 #include <algorithm>
 
@@ -34,33 +35,36 @@ struct Operand {
 
 // Begin and size of part i of n in `parts` parts, of whole steps but for the last.
 std::pair<int64_t, int64_t> part_of(int64_t n, int64_t parts, int64_t i, int64_t step) {
-  const int64_t steps = (n + step - 1) / step, begin = std::min(n, steps * i / parts * step);
+  const int64_t steps = at::ceil_div(n, step), begin = std::min(n, steps * i / parts * step);
   return {begin, std::min(n, steps * (i + 1) / parts * step) - begin};
 }
-
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 }  // namespace
 
 Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptTensor& bias) {
   const auto& kernels = *cpu_kernels();
   const Operand a(a_), b(b_);
-  const Tensor dense = defined(bias) ? bias->contiguous() : Tensor();
+  const OptTensor dense = contiguous(bias);
   Tensor c = empty({a_.size(0), b_.size(0)}, dtype);
-  const Gemm f{cpu_dtype(a_),       cpu_dtype(c), a_.size(0), b_.size(0),
-               a_.size(1),          a.view,       b.view,     dense.defined() ? dense.const_data_ptr() : nullptr,
-               c.mutable_data_ptr()};
+  const Gemm f{
+      .dtype = cpu_dtype(a_),
+      .out_dtype = cpu_dtype(c),
+      .m = a_.size(0),
+      .n = b_.size(0),
+      .k = a_.size(1),
+      .a = a.view,
+      .b = b.view,
+      .bias = data(dense),
+      .c = c.mutable_data_ptr()};
   const int64_t panel = kernels.gemm_columns, tile = kernels.gemm_rows, rows = std::min<int64_t>(f.m, sum_rows);
-  const int64_t columns = std::min(round_up(f.n, panel), round_up(sum_columns, panel));
-  const int64_t threads =
-      std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), f.m * f.n * f.k / thread_multiply_adds));
+  const int64_t columns = std::min(at::round_up(f.n, panel), at::round_up(int64_t{sum_columns}, panel));
+  const int64_t threads = threads_for(f.m * f.n * f.k, thread_multiply_adds);
   // Blocks of rows for all threads alike; where there are too few rows for that, threads share the columns as well.
-  int64_t row_parts = round_up((rows + thread_rows - 1) / thread_rows, threads);
+  int64_t row_parts = at::round_up(at::ceil_div(rows, int64_t{thread_rows}), threads);
   row_parts = std::max<int64_t>(1, std::min(row_parts, rows / (4 * tile)));
-  const int64_t column_parts = std::min((threads + row_parts - 1) / row_parts, columns / panel);
+  const int64_t column_parts = std::min(at::ceil_div(threads, row_parts), columns / panel);
   const int64_t parts = row_parts * column_parts;
-  const int64_t depth = std::min(f.k, Gemm::kDepth),
-                a_size = (round_up(rows, tile) / row_parts + 2 * tile) * depth + 16;
+  const int64_t depth = std::min(f.k, Gemm::kDepth), a_size = (rows / row_parts + 2 * tile) * depth + 16;
 
   const Tensor space = empty({columns * depth + rows * columns + threads * a_size}, at::kFloat);
   float *const laid = space.mutable_data_ptr<float>(), *const sums = laid + columns * depth;
@@ -92,14 +96,14 @@ Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptT
           body(part);
         }
       };
-      // Few rows: each thread lays the columns out that it alone reads, and waits for nobody. They stay in their own
-      // part of the room also in the last block of k, which is smaller, for others may still be at the one before.
+      // Few rows: each thread lays out the columns that it reads, and waits for no other. Its part of the room stays
+      // the same in the last block of k, which is smaller, for other threads may still be at the block before.
       if (row_parts == 1) {
         for_each(parts, [&](int64_t thread, int64_t i) {
           const GemmPart own = part_at(i);
           float* const b_part = laid + (own.column - column) * depth;
           over_depth(own, [&](const GemmPart& part) {
-            kernels.gemm_lay(f, part, b_part);
+            kernels.gemm_pack(f, part, b_part);
             multiply(whole, thread, part, b_part);
           });
         });
@@ -109,7 +113,7 @@ Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptT
         for_each((whole.columns + panel - 1) / panel, [&](int64_t, int64_t i) {
           GemmPart part = block;
           part.column += i * panel, part.columns = std::min(panel, whole.columns - i * panel);
-          kernels.gemm_lay(f, part, laid + i * panel * part.depth);
+          kernels.gemm_pack(f, part, laid + i * panel * part.depth);
         });
         for_each(parts, [&](int64_t thread, int64_t i) {
           GemmPart part = part_at(i);

@@ -17,9 +17,9 @@ constexpr int64_t kPanel = kTileRegs * kLanes;
 // to[k][r] = from[r][k] for `rows` rows, with room for `stride` of them side by side in `to`; what is written beyond
 // them does not matter. `there`: how many rows may be read.
 template <int64_t stride, class T>
-NNFAST_INLINE void lay(
+NNFAST_INLINE void pack(
     const T* from, const int64_t (&strides)[2], int64_t rows, int64_t there, int64_t depth, float* to) {
-  if (strides[1] == 1) return turn<stride>(from, strides[0], rows, depth, to);
+  if (strides[1] == 1) return transpose<stride>(from, strides[0], rows, depth, to);
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t r = 0; r < rows; r += kLanes) {
       const T* p = from + k * strides[1] + r;
@@ -28,13 +28,13 @@ NNFAST_INLINE void lay(
     }
 }
 
-NNFAST_INLINE void gemm_lay(const Gemm& f, const GemmPart& part, float* b) {
+NNFAST_INLINE void gemm_pack(const Gemm& f, const GemmPart& part, float* b) {
   visit(f.dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (sizeof(T) == 2)
       for (int64_t n = part.column; n < part.column + part.columns; n += kPanel, b += kPanel * part.depth) {
         const T* from = (const T*)f.b.p + n * f.b.strides[0] + part.k0 * f.b.strides[1];
-        lay<kPanel>(from, f.b.strides, std::min(kPanel, f.n - n), f.n - n, part.depth, b);
+        pack<kPanel>(from, f.b.strides, std::min(kPanel, f.n - n), f.n - n, part.depth, b);
       }
   });
 }
@@ -58,7 +58,7 @@ NNFAST_INLINE void gemm_rows(
   for (int64_t r = 0; r < part.rows; r += kTileRows) {
     const int64_t row = part.row + r, here = std::min<int64_t>(kTileRows, part.rows - r);
     const T* from = (const T*)f.a.p + row * f.a.strides[0] + part.k0 * f.a.strides[1];
-    lay<kTileRows>(from, f.a.strides, here, f.m - row, part.depth, a + r * part.depth);
+    pack<kTileRows>(from, f.a.strides, here, f.m - row, part.depth, a + r * part.depth);
   }
   for (int64_t n = 0; n < part.columns; n += kPanel) {
     const int64_t regs = std::min<int64_t>(kTileRegs, (part.columns - n + kLanes - 1) / kLanes);

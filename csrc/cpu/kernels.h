@@ -52,7 +52,6 @@ struct GeluBackward {
   int64_t size;
   const void *grad_out, *pre;
   void* grad_pre;
-  bool stream;
 };
 
 // Rows of `size` logits and each row's class. What a kernel keeps and takes beside the logits, weight included, is of
@@ -155,8 +154,8 @@ struct GemmPart {
   int64_t row, rows, column, columns, k0, depth;
 };
 
-// Row kernels take [begin, end) of the rows, elementwise ones of the elements. `grad_weight`, `grad_bias` are
-// sums of the accumulation type over those rows, added to what is there; either may be null.
+// Row kernels process rows [begin, end), elementwise kernels elements [begin, end). `grad_weight` and `grad_bias` are
+// arrays of sums in the accumulation type, to which the kernel adds its rows; either may be null.
 struct Kernels {
   const char* name;
   bool avx512;
@@ -181,7 +180,7 @@ struct Kernels {
   void (*scale)(DType dtype, void* x, double factor, int64_t begin, int64_t end);
   // How many rows of a, and columns of b, are laid out side by side: a block of them is padded to a multiple of it.
   int64_t gemm_rows, gemm_columns;
-  void (*gemm_lay)(const Gemm&, const GemmPart&, float* b);
+  void (*gemm_pack)(const Gemm&, const GemmPart&, float* b);
   // Adds to the sums, `stride` floats a row, or sets them where k0 is 0, and writes c after the last block of k. `a`:
   // room for rows x depth floats, and 16 more.
   void (*gemm)(const Gemm&, const GemmPart&, const float* b, float* sums, int64_t stride, float* a);

@@ -17,10 +17,6 @@ DType affine_dtype(const Tensor& input, const OptTensor& weight, const OptTensor
   return cpu_dtype(defined(weight) ? *weight : defined(bias) ? *bias : input);
 }
 
-OptTensor contiguous(const OptTensor& t) { return defined(t) ? OptTensor(t->contiguous()) : std::nullopt; }
-
-const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() : nullptr; }
-
 std::tuple<Tensor, Tensor> layer_norm_cpu(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight_, const OptTensor& bias_, double eps,
     std::optional<at::ScalarType> dtype) {
@@ -34,18 +30,18 @@ std::tuple<Tensor, Tensor> layer_norm_cpu(
   Tensor output = empty(input.sizes(), input.scalar_type());
   Tensor stats = empty({2, rows}, at::toOpMathType(input.scalar_type()));
   const LayerNormForward f{
-      cpu_dtype(input),
-      affine_dtype(input, weight, bias),
-      size,
-      x.stride,
-      eps,
-      x.tensor.const_data_ptr(),
-      data(weight),
-      data(bias),
-      output.mutable_data_ptr(),
-      stats.mutable_data_ptr(),
-      (char*)stats.mutable_data_ptr() + rows * stats.element_size(),
-      may_stream(output, output.nbytes() + input.nbytes())};
+      .dtype = cpu_dtype(input),
+      .weight_dtype = affine_dtype(input, weight, bias),
+      .size = size,
+      .input_stride = x.stride,
+      .eps = eps,
+      .input = x.tensor.const_data_ptr(),
+      .weight = data(weight),
+      .bias = data(bias),
+      .output = output.mutable_data_ptr(),
+      .mean = stats.mutable_data_ptr(),
+      .rstd = (char*)stats.mutable_data_ptr() + rows * stats.element_size(),
+      .stream = may_stream(output, output.nbytes() + input.nbytes())};
   at::parallel_for(
       0, rows, row_grain(size), [&](int64_t begin, int64_t end) { cpu_kernels()->layer_norm(f, begin, end); });
   return {output, stats};
@@ -69,18 +65,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(
   const Rows g = rows_of(grad_out, size, normalized_shape.size()), x = rows_of(input, size, normalized_shape.size());
   Tensor grad_input = output_mask[0] ? empty(input.sizes(), input.scalar_type()) : Tensor();
   const LayerNormBackward b{
-      cpu_dtype(input),
-      affine_dtype(input, weight, bias),
-      size,
-      g.stride,
-      x.stride,
-      g.tensor.const_data_ptr(),
-      x.tensor.const_data_ptr(),
-      data(weight),
-      stats.const_data_ptr(),
-      (const char*)stats.const_data_ptr() + rows * stats.element_size(),
-      output_mask[0] ? grad_input.mutable_data_ptr() : nullptr,
-      output_mask[0] && may_stream(grad_input, 3 * input.nbytes())};
+      .dtype = cpu_dtype(input),
+      .weight_dtype = affine_dtype(input, weight, bias),
+      .size = size,
+      .grad_out_stride = g.stride,
+      .input_stride = x.stride,
+      .grad_out = g.tensor.const_data_ptr(),
+      .input = x.tensor.const_data_ptr(),
+      .weight = data(weight),
+      .mean = stats.const_data_ptr(),
+      .rstd = (const char*)stats.const_data_ptr() + rows * stats.element_size(),
+      .grad_input = output_mask[0] ? grad_input.mutable_data_ptr() : nullptr,
+      .stream = output_mask[0] && may_stream(grad_input, 3 * input.nbytes())};
   const int64_t threads = row_threads(rows, size);
   RowSums grad_weight(output_mask[1] && weight, threads, size, input);
   RowSums grad_bias(output_mask[2] && defined(bias), threads, size, input);

@@ -1,5 +1,4 @@
 // Linear on a CPU: which products it takes, and the sum for its bias.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "../gate/paths.h"
@@ -13,9 +12,7 @@ namespace {
 Path served("linear"), backward_served("linear_backward");
 
 Tensor linear_cpu(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      cpu_kernels() && covers_linear(input, weight, bias),
-      "nnfast::linear does not cover this call; nnfast.nn.functional.linear hands it to torch");
+  check_covered(cpu_kernels() && covers_linear(input, weight, bias), "linear");
   served.taken();
   if (input.dim() == 2) return product(input, weight, bias);
   at::DimVector sizes(input.sizes());
@@ -39,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
     std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
   check_linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
-  TORCH_CHECK_NOT_IMPLEMENTED(cpu_kernels(), "nnfast::linear_backward has no kernels for this CPU");
+  check_covered(cpu_kernels(), "linear_backward");
   backward_served.taken();
   const Tensor grad = grad_out.reshape({-1, grad_out.size(-1)});
   const auto type = dtype.value_or(grad.scalar_type());
@@ -51,8 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_cpu(
   }
   if (output_mask[1]) {
     const Tensor x = input->reshape({-1, input->size(-1)});
-    const bool by_columns = defined(weight) && weight->is_non_overlapping_and_dense() && !weight->is_contiguous();
-    grad_weight = by_columns ? product_as(type, x.t(), grad.t()).t() : product_as(type, grad.t(), x.t());
+    grad_weight = by_columns(weight) ? product_as(type, x.t(), grad.t()).t() : product_as(type, grad.t(), x.t());
   }
   if (output_mask[2]) grad_bias = sum_over_rows(grad, type);
   return {grad_input, grad_weight, grad_bias};

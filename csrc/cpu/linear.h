@@ -1,4 +1,4 @@
-// The elementwise part of Linear, its bias gradient; a library's GEMM does the rest.
+// Sums over rows, as for the gradient of a Linear's bias, and what RowSums does with them.
 #pragma once
 
 #include "simd.h"
@@ -29,6 +29,31 @@ void sum_rows_kernel(const void* rows, int64_t stride, int64_t size, void* sums,
 NNFAST_INLINE void sum_rows(
     DType dtype, const void* rows, int64_t stride, int64_t size, void* sums, int64_t begin, int64_t end) {
   visit(dtype, [&](auto t) { sum_rows_kernel<decltype(t)>(rows, stride, size, sums, begin, end); });
+}
+
+// to += from; from = 0.
+NNFAST_INLINE void move_sums(DType dtype, void* to, void* from, int64_t size) {
+  visit(dtype, [&](auto t) {
+    using A = acc_t<decltype(t)>;
+    A *a = (A*)to, *b = (A*)from;
+    sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+      store(a + i, load(a + i, part) + load(b + i, part), part);
+      store(b + i, typename decltype(part)::vec(A(0)), part);
+    });
+  });
+}
+
+// The threads' partial sums, in the accumulation type of `out`, added up in order.
+NNFAST_INLINE void sum_parts(DType out_dtype, const void* parts, int64_t count, int64_t size, void* out) {
+  visit(out_dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = acc_t<T>;
+    sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+      auto total = load((const A*)parts + i, part);
+      for (int64_t k = 1; k < count; ++k) total = total + load((const A*)parts + k * size + i, part);
+      store((T*)out + i, total, part);
+    });
+  });
 }
 
 }  // namespace nnfast::NNFAST_ISA

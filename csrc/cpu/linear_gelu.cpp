@@ -1,5 +1,6 @@
 // Linear+GELU on a CPU: memory and threads. The elementwise arithmetic is in linear_gelu.h.
 #include <ATen/Parallel.h>
+#include <ATen/ceil_div.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <torch/library.h>
@@ -16,48 +17,50 @@ namespace {
 Path gelu_served("gelu"), gelu_backward_served("gelu_backward"), gelu_backward_sum_served("gelu_backward_sum"),
     served("linear_gelu"), in_blocks("linear_gelu.blocks");
 
-void check(bool covered) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      cpu_kernels() && covered, "nnfast::linear_gelu does not cover this call; nnfast.nn.functional hands it to torch");
-}
-
 // Threads get whole lines of memory, as streaming stores need.
 constexpr int64_t kLine = 64;
 void gelu_elements(const Gelu& f, int64_t count) {
-  at::parallel_for(0, (count + kLine - 1) / kLine, row_grain(kLine), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, at::ceil_div(count, kLine), row_grain(kLine), [&](int64_t begin, int64_t end) {
     cpu_kernels()->gelu(f, begin * kLine, std::min(end * kLine, count));
   });
 }
 
 Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
-  check(covers_gelu(self, approximate));
+  check_covered(cpu_kernels() && covers_gelu(self, approximate), "gelu");
   gelu_served.taken();
   // ATen has a vectorised tanh for double, and takes two thirds of our time.
   if (self.scalar_type() == at::kDouble && approximate == "tanh") return at::gelu(self, approximate);
-  // The output's dimensions follow each other in memory as the input's do, without its gaps.
-  const Tensor input = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
+  const Tensor input = dense(self);
   Tensor output = input.is_contiguous() ? empty(self.sizes(), self.scalar_type()) : at::empty_like(input);
   gelu_elements(
-      {cpu_dtype(self), approximate == "tanh", input.const_data_ptr(), output.mutable_data_ptr(), nullptr,
-       may_stream(output, 2 * output.nbytes())},
+      {.dtype = cpu_dtype(self),
+       .tanh = approximate == "tanh",
+       .input = input.const_data_ptr(),
+       .output = output.mutable_data_ptr(),
+       .copy = nullptr,
+       .stream = may_stream(output, 2 * output.nbytes())},
       self.numel());
   return output;
 }
 
-// `t` as `like` lies in memory, which has no gaps.
-Tensor laid_out(const Tensor& t, const Tensor& like) {
-  return t.strides() == like.strides() ? t : at::empty_like(like).copy_(t);
+GeluBackward gelu_grad(
+    const Tensor& grad, const Tensor& x, c10::string_view approximate, int64_t size, const Tensor& out) {
+  return {
+      .dtype = cpu_dtype(x),
+      .tanh = approximate == "tanh",
+      .size = size,
+      .grad_out = grad.const_data_ptr(),
+      .pre = x.const_data_ptr(),
+      .grad_pre = out.mutable_data_ptr()};
 }
 
 Tensor gelu_backward_cpu(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
-  check(covers_gelu(self, approximate));
+  check_covered(cpu_kernels() && covers_gelu(self, approximate), "gelu_backward");
   check_gelu_backward(grad_output, self);
   gelu_backward_served.taken();
-  const Tensor x = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
-  const Tensor grad = laid_out(grad_output, x);
+  const Tensor x = dense(self), grad = laid_out(grad_output, x);
   const Tensor grad_input = x.is_contiguous() ? empty(x.sizes(), x.scalar_type()) : at::empty_like(x);
-  const GeluBackward b{cpu_dtype(x),          approximate == "tanh", 1,
-                       grad.const_data_ptr(), x.const_data_ptr(),    grad_input.mutable_data_ptr()};
+  const GeluBackward b = gelu_grad(grad, x, approximate, 1, grad_input);
   at::parallel_for(0, x.numel(), row_grain(1), [&](int64_t begin, int64_t end) {
     cpu_kernels()->gelu_backward(b, nullptr, begin, end);
   });
@@ -66,15 +69,14 @@ Tensor gelu_backward_cpu(const Tensor& grad_output, const Tensor& self, c10::str
 
 std::tuple<Tensor, Tensor> gelu_backward_sum_cpu(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
-  check(covers_gelu(self, approximate) && self.dim() > 0);
+  check_covered(cpu_kernels() && covers_gelu(self, approximate) && self.dim() > 0, "gelu_backward_sum");
   check_gelu_backward(grad_output, self);
   gelu_backward_sum_served.taken();
   const Tensor grad = grad_output.contiguous(), x = self.contiguous();
   const Tensor grad_input = empty(x.sizes(), x.scalar_type());
   const int64_t size = x.size(-1), rows = size ? x.numel() / size : 0, threads = row_threads(rows, size);
   RowSums grad_bias(true, threads, size, x);
-  const GeluBackward b{cpu_dtype(x),          approximate == "tanh", size,
-                       grad.const_data_ptr(), x.const_data_ptr(),    grad_input.mutable_data_ptr()};
+  const GeluBackward b = gelu_grad(grad, x, approximate, size, grad_input);
   for_each_block(rows, size, threads, [&](int64_t thread, int64_t begin, int64_t end) {
     cpu_kernels()->gelu_backward(b, grad_bias.of(thread), begin, end);
     grad_bias.end_block(thread);
@@ -87,7 +89,7 @@ Threshold block_bytes("linear_gelu.block_bytes", int64_t(8) << 20);
 
 std::tuple<Tensor, Tensor> linear_gelu_cpu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
-  check(covers_linear_gelu(input, weight, bias, approximate));
+  check_covered(cpu_kernels() && covers_linear_gelu(input, weight, bias, approximate), "linear_gelu");
   served.taken();
   const int64_t out = weight.size(0);
   at::DimVector sizes(input.sizes());
@@ -110,8 +112,12 @@ std::tuple<Tensor, Tensor> linear_gelu_cpu(
     const int64_t offset = row * out * element;
     const Tensor part = product(x.narrow(0, row, count), weight, bias);
     gelu_elements(
-        {cpu_dtype(input), approximate == "tanh", part.const_data_ptr(), (char*)output.mutable_data_ptr() + offset,
-         want_pre ? (char*)pre.mutable_data_ptr() + offset : nullptr, stream},
+        {.dtype = cpu_dtype(input),
+         .tanh = approximate == "tanh",
+         .input = part.const_data_ptr(),
+         .output = (char*)output.mutable_data_ptr() + offset,
+         .copy = want_pre ? (char*)pre.mutable_data_ptr() + offset : nullptr,
+         .stream = stream},
         count * out);
   }
   return {output, pre};

@@ -1,4 +1,4 @@
-// The elementwise parts of Linear+GELU; a library's GEMM does the rest. The maths is in math/gelu.h.
+// The elementwise parts of Linear+GELU; product.cpp chooses who multiplies. The maths is in math/gelu.h.
 #pragma once
 
 #include "../math/gelu.h"
@@ -32,11 +32,10 @@ void gelu_bwd_kernel(const GeluBackward& b, void* grad_bias, int64_t begin, int6
     T* d = (T*)b.grad_pre + offset;
     sweep_elementary<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
       const auto grad = rounded<T>(load(g + i, part) * gelu_grad<Tanh, A>(load(pre + i, part)));
-      store(d + i, grad, part, b.stream);
+      store(d + i, grad, part);
       if (db) store(db + i, load(db + i, part) + grad, part);
     });
   }
-  if (b.stream) _mm_sfence();
 }
 
 NNFAST_INLINE void gelu_fwd(const Gelu& f, int64_t begin, int64_t end) {

@@ -4,8 +4,11 @@
 // is mapped afresh, and touching it costs a page fault for every 4 KB, several times what the kernel itself takes. So
 // blocks from half a MB on come from here, and freed ones are kept for the next call. What is kept is memory that the
 // process has needed: kept and live blocks together never take more than live ones did. What was not needed for some
-// seconds goes back to the system at the next call, and all of it when asked or when somebody would find no memory. The
-// rest of the process keeps the allocator it had.
+// seconds goes back to the system at the next call, and all of it when asked or when somebody would find no memory.
+//
+// Torch's CPU allocator is replaced by one that hands every other request on to it (go_before_torchs): so an op of
+// torch's can write its output into memory of ours, and what is kept is given back before torch says that there is
+// none.
 #pragma once
 
 #include <ATen/core/Tensor.h>

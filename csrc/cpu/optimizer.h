@@ -75,7 +75,7 @@ NNFAST_INLINE void write_master(bf16* p, int16_t* master, f32v v) {
   store_halves(master, unless_nan(v, bits, all(0)));  // bits - (param << 16) modulo 2^16 is the lower half of bits
 }
 
-NNFAST_INLINE void write_by_chance(bf16* p, f32v v, uint32_t seed, uint32_t index) {
+NNFAST_INLINE void write_stochastic(bf16* p, f32v v, uint32_t seed, uint32_t index) {
   bits_t r = exclusive_or(multiply(add(all(index), lane()), all(0x9e3779b1)), all(seed));
   r = multiply(exclusive_or(r, right<16>(r)), all(0x7feb352d));
   r = multiply(exclusive_or(r, right<15>(r)), all(0x846ca68b));
@@ -104,13 +104,13 @@ NNFAST_INLINE void store_master(bf16* p, int16_t* master, V v, Full<V>) {
   }
 }
 template <class V>
-NNFAST_INLINE void store_by_chance(bf16* p, V v, uint32_t seed, uint32_t index, Full<V>) {
+NNFAST_INLINE void store_stochastic(bf16* p, V v, uint32_t seed, uint32_t index, Full<V>) {
   if constexpr (sizeof(V) == sizeof(f32v))
-    write_by_chance(p, v, seed, index);
+    write_stochastic(p, v, seed, index);
   else {
     using Half = decltype(V::lo);
-    store_by_chance(p, v.lo, seed, index, Full<Half>{});
-    store_by_chance(p + lanes<Half>, v.hi, seed, index + (uint32_t)lanes<Half>, Full<Half>{});
+    store_stochastic(p, v.lo, seed, index, Full<Half>{});
+    store_stochastic(p + lanes<Half>, v.hi, seed, index + (uint32_t)lanes<Half>, Full<Half>{});
   }
 }
 NNFAST_INLINE f32v load_master(const bf16* p, const int16_t* master, Tail<f32v> t) {
@@ -127,9 +127,9 @@ NNFAST_INLINE void store_master(bf16* p, int16_t* master, f32v v, Tail<f32v> t) 
   std::memcpy(p, param, t.n * sizeof(bf16));
   std::memcpy(master, low, t.n * sizeof(int16_t));
 }
-NNFAST_INLINE void store_by_chance(bf16* p, f32v v, uint32_t seed, uint32_t index, Tail<f32v> t) {
+NNFAST_INLINE void store_stochastic(bf16* p, f32v v, uint32_t seed, uint32_t index, Tail<f32v> t) {
   bf16 param[lanes<f32v>];
-  write_by_chance(param, v, seed, index);
+  write_stochastic(param, v, seed, index);
   std::memcpy(p, param, t.n * sizeof(bf16));
 }
 
@@ -161,14 +161,8 @@ template <bool Exact, class T, class V, class Part>
 NNFAST_INLINE void write_param(const StepTensor& t, int64_t index, V v, Part part) {
   if constexpr (Exact) return store_master((bf16*)t.param + index, t.master + index, v, part);
   if constexpr (std::is_same_v<T, bf16> && !Exact)
-    if (t.stochastic) return store_by_chance((bf16*)t.param + index, v, t.seed, (uint32_t)index, part);
+    if (t.stochastic) return store_stochastic((bf16*)t.param + index, v, t.seed, (uint32_t)index, part);
   if constexpr (!Exact) store((T*)t.param + index, v, part);
-}
-
-// body(T{}, S{}): the types of the parameter and of the state.
-template <class Body>
-NNFAST_INLINE void visit_step(const StepTensor& t, Body body) {
-  visit(t.dtype, t.state_dtype, body);
 }
 
 }  // namespace nnfast::NNFAST_ISA

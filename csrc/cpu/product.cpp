@@ -133,8 +133,6 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
       input, weight, dense, "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
-Tensor product_tn(const Tensor& a, const Tensor& b) { return product(a.t(), b.t()); }
-
 Tensor product_as(at::ScalarType dtype, const Tensor& input, const Tensor& weight) {
   if (dtype == input.scalar_type()) return product(input, weight);
   if (gemm_serves(input, weight)) {

@@ -11,9 +11,6 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias 
 // The same without a bias, widened to float where that is asked of 16-bit ones.
 Tensor product_as(at::ScalarType dtype, const Tensor& input, const Tensor& weight);
 
-// a^T b, for matrices (M, N) and (M, K).
-Tensor product_tn(const Tensor& a, const Tensor& b);
-
 // What product and product_as do, by our own kernel: a b^T + bias, in float or in the dtype of both.
 Tensor gemm(at::ScalarType dtype, const Tensor& a, const Tensor& b, const OptTensor& bias = std::nullopt);
 

@@ -40,7 +40,7 @@ void rmsprop_kernel(const RMSpropTensor& t, int64_t begin, int64_t end) {
 }
 
 NNFAST_INLINE void rmsprop(const RMSpropTensor& t, int64_t begin, int64_t end) {
-  visit_step(t, [&](auto e, auto s) {
+  visit(t.dtype, t.state_dtype, [&](auto e, auto s) {
     using T = decltype(e);
     using S = decltype(s);
     const auto kernel = t.state[1]

@@ -31,7 +31,7 @@ void sgd_kernel(const SgdTensor& t, int64_t begin, int64_t end) {
 }
 
 NNFAST_INLINE void sgd(const SgdTensor& t, int64_t begin, int64_t end) {
-  visit_step(t, [&](auto e, auto s) {
+  visit(t.dtype, t.state_dtype, [&](auto e, auto s) {
     using T = decltype(e);
     using S = decltype(s);
     (t.state[0] ? sgd_kernel<T, S, true> : sgd_kernel<T, S, false>)(t, begin, end);

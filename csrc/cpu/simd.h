@@ -13,7 +13,8 @@ namespace nnfast::NNFAST_ISA {
 #define NNFAST_INLINE static inline __attribute__((always_inline))
 #define NNFAST_MEMBER inline __attribute__((always_inline))
 #define NNFAST_LAMBDA __attribute__((always_inline))
-// For tools: it compiles sooner, and each branch is counted once. Needs -march=native, as functions pass registers on.
+// For sanitizers, coverage and mutants: it compiles sooner, and each branch is counted once. Needs -march=native, for
+// functions that are not inlined pass registers as arguments.
 #else
 #define NNFAST_INLINE [[maybe_unused]] static
 #define NNFAST_MEMBER
@@ -191,7 +192,7 @@ NNFAST_INLINE f32v at_most(f32v limit, f32v x) { return _mm512_min_ps(limit, x);
 NNFAST_INLINE f32v at_least(f32v limit, f32v x) { return _mm512_max_ps(limit, x); }
 NNFAST_INLINE f64v at_least(f64v limit, f64v x) { return _mm512_max_pd(limit, x); }
 // x < 0 ? a : b
-NNFAST_INLINE f32v if_negative(f32v x, f32v a, f32v b) {
+NNFAST_INLINE f32v blend_negative(f32v x, f32v a, f32v b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
 }
 // The larger one, or NaN where either is. A NaN in b stays as x's above, so only a is looked at.
@@ -304,7 +305,7 @@ NNFAST_INLINE f64v scale2(f64v v, f64v n) {
   return v * f64v(_mm256_castsi256_pd(_mm256_slli_epi64(e, 52)));
 }
 // blendv looks at the sign bit alone: -0 counts as negative, which no caller can tell.
-NNFAST_INLINE f32v if_negative(f32v x, f32v a, f32v b) { return _mm256_blendv_ps(b, a, x); }
+NNFAST_INLINE f32v blend_negative(f32v x, f32v a, f32v b) { return _mm256_blendv_ps(b, a, x); }
 NNFAST_INLINE f32v maximum(f32v a, f32v b) {
   return _mm256_blendv_ps(_mm256_max_ps(a, b), a, _mm256_cmp_ps(a, a, _CMP_UNORD_Q));
 }
@@ -388,8 +389,8 @@ NNFAST_PAIRWISE2(at_most)
 NNFAST_PAIRWISE2(at_least)
 NNFAST_PAIRWISE2(maximum)
 template <class V>
-NNFAST_INLINE Pair<V> if_negative(Pair<V> x, Pair<V> a, Pair<V> b) {
-  return {if_negative(x.lo, a.lo, b.lo), if_negative(x.hi, a.hi, b.hi)};
+NNFAST_INLINE Pair<V> blend_negative(Pair<V> x, Pair<V> a, Pair<V> b) {
+  return {blend_negative(x.lo, a.lo, b.lo), blend_negative(x.hi, a.hi, b.hi)};
 }
 template <class V>
 NNFAST_INLINE typename V::scalar sum(Pair<V> v) {
@@ -430,27 +431,6 @@ struct Sum {
   }
 };
 
-// The largest of a run, -inf of an empty one; a NaN is passed over.
-template <class A, class Wide = Quad<A>>
-struct Largest {
-  Wide m;
-  NNFAST_MEMBER Largest() : m(A(-INFINITY)) {}
-  // The second operand of at_least stays where the first is NaN.
-  NNFAST_MEMBER void take(Wide v) { m = at_least(v, m); }
-  NNFAST_MEMBER void take(Vec<A> v) { m = at_least(Wide(Pair<Vec<A>>(v, v), Pair<Vec<A>>(v, v)), m); }
-  NNFAST_MEMBER A total() const { return largest(at_least(at_least(m.lo.lo, m.lo.hi), at_least(m.hi.lo, m.hi.hi))); }
-};
-
-// body(i, part, past) over a run that is written to p: as sweep, and with `past` where `stream` says so and p + i is on
-// a line.
-template <class A, class T, class Body>
-NNFAST_INLINE void sweep_lines(const T* p, int64_t n, bool stream, Body body) {
-  int64_t head = stream ? (int64_t)(-(uintptr_t)p % 64 / sizeof(T)) : 0;
-  if (head > n) head = n;
-  if (head) sweep<A>(head, [&](int64_t i, auto part) NNFAST_LAMBDA { body(i, part, false); });
-  sweep<A>(n - head, [&](int64_t i, auto part) NNFAST_LAMBDA { body(head + i, part, stream); });
-}
-
 // ---- from a run-time dtype to a type: body(T{}), and body(T{}, W{}) where W may be float for a 16-bit T ----
 
 template <class Body>
@@ -468,30 +448,6 @@ NNFAST_INLINE void visit(DType t, DType w, Body body) {
     if constexpr (sizeof(e) == 2)
       if (w == DType::f32) return body(e, float{});
     return body(e, e);
-  });
-}
-
-NNFAST_INLINE void move_sums(DType dtype, void* to, void* from, int64_t size) {
-  visit(dtype, [&](auto t) {
-    using A = acc_t<decltype(t)>;
-    A *a = (A*)to, *b = (A*)from;
-    sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
-      store(a + i, load(a + i, part) + load(b + i, part), part);
-      store(b + i, typename decltype(part)::vec(A(0)), part);
-    });
-  });
-}
-
-// The threads' partial sums, in the accumulation type of `out`, added up in order.
-NNFAST_INLINE void sum_parts(DType out_dtype, const void* parts, int64_t count, int64_t size, void* out) {
-  visit(out_dtype, [&](auto t) {
-    using T = decltype(t);
-    using A = acc_t<T>;
-    sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
-      auto total = load((const A*)parts + i, part);
-      for (int64_t k = 1; k < count; ++k) total = total + load((const A*)parts + k * size + i, part);
-      store((T*)out + i, total, part);
-    });
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/ceil_div.h>
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
@@ -25,33 +26,30 @@ inline uint64_t mixed(uint64_t x) {
   return x ^ x >> 31;
 }
 
-// How many threads step the tensors.
-inline int64_t threads_for(at::TensorList tensors) {
+inline int64_t elements_of(at::TensorList tensors) {
   int64_t elements = 0;
   for (const auto& t : tensors) elements += t.numel();
-  return std::min<int64_t>(at::get_num_threads(), elements / step_grain);
+  return elements;
 }
 
 // Calls f(tensor, begin, end, chunk) for each chunk of each tensor, `chunk` counting through all of them. Each thread
 // has a run of them: what prefetches memory follows it longest that way.
 template <class F>
 void for_each_chunk(at::TensorList tensors, F f) {
-  const int64_t size = step_chunk;
-  int64_t elements = 0;
-  for (const auto& t : tensors) elements += t.numel();
+  const int64_t size = step_chunk, elements = elements_of(tensors);
   // The chunks whose first element is one of [from, to) of all.
   const auto run = [&](int64_t from, int64_t to) {
     int64_t first = 0, chunk = 0;
     for (size_t i = 0; i < tensors.size() && first < to; ++i) {
       const int64_t n = tensors[i].numel();
-      const int64_t skipped = std::min((std::max<int64_t>(from - first, 0) + size - 1) / size, (n + size - 1) / size);
+      const int64_t skipped = std::min(at::ceil_div(std::max<int64_t>(from - first, 0), size), at::ceil_div(n, size));
       for (int64_t begin = skipped * size; begin < n && first + begin < to; begin += size)
         f(i, begin, std::min(begin + size, n), chunk + begin / size);
-      chunk += (n + size - 1) / size;
+      chunk += at::ceil_div(n, size);
       first += n;
     }
   };
-  const int64_t threads = threads_for(tensors);
+  const int64_t threads = threads_for(elements, step_grain);
   if (threads < 2) return run(0, elements);
   step_threads.taken();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
@@ -62,7 +60,7 @@ void for_each_chunk(at::TensorList tensors, F f) {
 
 // Whether two of the tensors, which have no gaps, share memory and threads would take them side by side.
 inline bool overlap(at::TensorList tensors) {
-  if (threads_for(tensors) < 2) return false;
+  if (threads_for(elements_of(tensors), step_grain) < 2) return false;
   std::vector<std::pair<const char*, const char*>> ranges;
   ranges.reserve(tensors.size());
   for (const auto& t : tensors)
@@ -84,9 +82,7 @@ void step_cpu(
     TORCH_CHECK_NOT_IMPLEMENTED(t->numel() == 1, "nnfast::", Call::kName, ": lr and the like are one number");
     return t->template item<double>();
   };
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      cpu_kernels() && covers_call(a), "nnfast::", Call::kName,
-      " does not cover this call; the optimizer hands it to torch");
+  check_covered(cpu_kernels() && covers_call(a), Call::kName);
   const double lr = number(a.tensor_lr, a.lr), grad_scale = number(a.grad_scale, 1), coef = number(a.clip_coef, 1);
   path.taken();
   if (number(a.found_inf, 0) != 0) return;
@@ -101,7 +97,7 @@ void step_cpu(
   const auto form_for = [&](size_t i) {
     if (const double next = steps ? count(i) + 1.0f : 1; next != t) scalars = form(lr, t = next);
     tensors[i].scalars = scalars;
-    // Another stream for every step and tensor.
+    // Another stream for every step and tensor; the seed is another for every group.
     if (tensors[i].stochastic) tensors[i].seed = mixed(mixed((uint64_t)*a.rounding_seed + (uint64_t)t) + i);
     return (float)t;
   };
@@ -139,8 +135,9 @@ void step_cpu(
     if (steps) counts[i] = at;
   }
   const auto update = cpu_kernels()->*kernel;
-  // One after another, as torch goes, where parameters share memory, or gradients that grad_scale changes; or where two
-  // share a count of steps, which shows as a count that has moved already.
+  // Tensors are stepped one after another, as torch does it, where parameters share memory, or gradients that
+  // grad_scale rewrites, or where two parameters share a count of steps (which shows as a count that has moved
+  // already).
   bool apart = !overlap(a.params) && (grad_scale == 1 || !overlap(a.grads));
   for (size_t i = 0; i < steps && apart; ++i) {
     if (count(i) + 1.0f == counts[i]) {

@@ -165,7 +165,7 @@ NNFAST_INLINE void exchange_all(f32v (&r)[kLanes]) {
 // to[w][r] = from[r][w], and 0 for r from `rows` up to whole registers. `to` has `to_stride` columns: where those are
 // fewer than the registers write, each row overwrites what the one before it wrote too far.
 template <int64_t to_stride = kBlock, class T>
-NNFAST_INLINE void turn(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
+NNFAST_INLINE void transpose(const T* from, int64_t stride, int64_t rows, int64_t width, float* to) {
   for (int64_t r = 0; r < rows; r += kLanes)
     for (int64_t w = 0; w < width; w += kLanes) {
       f32v reg[kLanes];
@@ -191,8 +191,8 @@ NNFAST_INLINE void turn(const T* from, int64_t stride, int64_t rows, int64_t wid
     }
 }
 
-NNFAST_INLINE void turn(Words from, int64_t rows, int64_t width, float* to) {
-  turn(from.p, from.stride, rows, width, to);
+NNFAST_INLINE void transpose(Words from, int64_t rows, int64_t width, float* to) {
+  transpose(from.p, from.stride, rows, width, to);
 }
 
 // Rows whose elements follow each other in a tensor.

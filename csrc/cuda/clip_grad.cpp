@@ -12,7 +12,7 @@ StepTable table_of(at::TensorList tensors, const On& on, const char* op) {
   for (size_t i = 0; i < all.size(); ++i) {
     const Tensor& t = tensors[i];
     covered = covered && covers_clip(t) && t.device() == tensors[0].device();
-    TORCH_CHECK_NOT_IMPLEMENTED(covered, "nnfast::", op, " does not cover this call");
+    check_covered(covered, op);
     all[i].grad = t.mutable_data_ptr();
     all[i].grad_dtype = dtype_of(t);
     all[i].aligned = on_16_bytes(all[i].grad);

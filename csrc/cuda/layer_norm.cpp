@@ -12,10 +12,7 @@
 namespace nnfast::cuda {
 namespace {
 
-OptTensor contiguous(const OptTensor& t) { return defined(t) ? OptTensor(t->contiguous()) : std::nullopt; }
-
-const void* data(const OptTensor& t) { return defined(t) ? t->const_data_ptr() : nullptr; }
-void* data(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
+void* data_of(const Tensor& t) { return t.defined() ? t.mutable_data_ptr() : nullptr; }
 
 // weight and bias have the dtype of the output: the input's, or float.
 void check_beside(const OptTensor& weight, const OptTensor& bias, at::ScalarType output) {
@@ -71,12 +68,12 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cuda(
       data(weight),
       stats.const_data_ptr<float>(),
       stats.const_data_ptr<float>() + rows,
-      data(grad_input),
-      data(grad_weight),
-      data(grad_bias)};
+      data_of(grad_input),
+      data_of(grad_weight),
+      data_of(grad_bias)};
   Tensor parts;
   if (grad_weight.defined() || grad_bias.defined()) parts = at::empty({2, layer_norm_parts(b), size}, stats.options());
-  C10_CUDA_CHECK(cuda::layer_norm_backward(b, static_cast<float*>(data(parts)), on.stream));
+  C10_CUDA_CHECK(cuda::layer_norm_backward(b, static_cast<float*>(data_of(parts)), on.stream));
   return {grad_input, grad_weight, grad_bias};
 }
 

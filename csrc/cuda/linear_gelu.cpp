@@ -10,21 +10,16 @@
 
 #include "../gate/paths.h"
 #include "../ops/op.h"
+#include "../ops/rows.h"
 #include "cuda.h"
 
 namespace nnfast::cuda {
 namespace {
 
-void check(bool covered) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      covered, "nnfast::linear_gelu does not cover this call; nnfast.nn.functional hands it to torch");
-}
-
 Tensor gelu_cuda(const Tensor& self, c10::string_view approximate) {
-  check(covers_gelu(self, approximate));
+  check_covered(covers_gelu(self, approximate), "gelu");
   const On on(self);
-  // The output's dimensions follow each other in memory as the input's do, without its gaps.
-  const Tensor input = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
+  const Tensor input = dense(self);
   Tensor output = at::empty_like(input);
   C10_CUDA_CHECK(
       cuda::gelu(
@@ -63,18 +58,17 @@ bool expanded(const Tensor& grad) {
 }
 
 Tensor gelu_backward_cuda(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
-  check(covers_gelu(self, approximate));
+  check_covered(covers_gelu(self, approximate), "gelu_backward");
   check_gelu_backward(grad_output, self);
   const On on(self);
-  const Tensor x = self.is_non_overlapping_and_dense() ? self : at::empty_like(self).copy_(self);
+  const Tensor x = dense(self);
   if (expanded(grad_output)) return at::gelu_backward(grad_output, x, approximate);
-  const Tensor grad = grad_output.strides() == x.strides() ? grad_output : at::empty_like(x).copy_(grad_output);
-  return gelu_grad(grad, x, approximate, {});
+  return gelu_grad(laid_out(grad_output, x), x, approximate, {});
 }
 
 std::tuple<Tensor, Tensor> gelu_backward_sum_cuda(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
-  check(covers_gelu(self, approximate) && self.dim() > 0);
+  check_covered(covers_gelu(self, approximate) && self.dim() > 0, "gelu_backward_sum");
   check_gelu_backward(grad_output, self);
   const On on(self);
   if (self.numel() && expanded(grad_output)) {
@@ -185,7 +179,7 @@ std::optional<std::tuple<Tensor, Tensor, Tensor>> fused_backward(
 std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_cuda(
     const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate) {
   check_gelu_linear_backward(grad_output, weight, self);
-  check(covers_gelu(self, approximate));
+  check_covered(covers_gelu(self, approximate), "gelu_linear_backward");
   const On on(self);
   if (auto grads = fused_backward(grad_output, weight, self, approximate, on)) return *grads;
   const Tensor grad = gemm(grad_output, weight.t());
@@ -194,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_cuda(
 
 std::tuple<Tensor, Tensor> linear_gelu_cuda(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate, bool want_pre) {
-  check(covers_linear_gelu(input, weight, bias, approximate));
+  check_covered(covers_linear_gelu(input, weight, bias, approximate), "linear_gelu");
   const On on(input);
   at::DimVector sizes(input.sizes());
   sizes.back() = weight.size(0);

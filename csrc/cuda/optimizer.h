@@ -128,8 +128,7 @@ void step_cuda(const Call& c, cudaError_t (*kernel)(const Step<Numbers>&, cudaSt
   if constexpr (Call::kMaster < Call::kState.size()) covered = covered && c.state[Call::kMaster].empty();
   for (size_t i = 0; covered && i < n; ++i)
     covered = params[i].device() == params[0].device() && (steps.empty() || steps[i].is_cpu() != on_device);
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      covered, "nnfast::", Call::kName, " does not cover this call; the optimizer hands it to torch");
+  check_covered(covered, Call::kName);
   // A learning rate on the device is read there.
   Step<Numbers> a{};
   a.lr = c.lr;

@@ -11,7 +11,7 @@
 
 namespace nnfast {
 
-// Every call holds Python's lock, so there is no other.
+// No mutex: every caller holds Python's lock.
 class KnownAnswers {
  public:
   // Sets who answers; null: all kernels count as right. Forgets earlier answers. `on_cpu`, for tests: tries a CPU too.

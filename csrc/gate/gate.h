@@ -27,8 +27,9 @@ inline std::optional<Backend> backend_called(const char* name) {
   return std::nullopt;
 }
 
-// What use_backend() holds this thread to, or NNFAST_BACKEND every thread.
-inline thread_local std::optional<Backend> held = backend_called(std::getenv("NNFAST_BACKEND"));
+// What use_backend() holds this thread to, or NNFAST_BACKEND, as it is when this is loaded, every thread.
+inline const std::optional<Backend> held_at_first = backend_called(std::getenv("NNFAST_BACKEND"));
+inline thread_local std::optional<Backend> held = held_at_first;
 
 enum Op {
   kLayerNorm,
@@ -72,8 +73,6 @@ inline bool served(Op op, const Tensor& t, int64_t size = 1) {
   if (owner == Backend::torch || held) return owner != Backend::torch && owner == *held;
   return known_answers.right(op, kOps[op], kBackends[static_cast<size_t>(owner)].first, t, size);
 }
-
-inline bool open(Op op, const Tensor& t, int64_t size = 1) { return ordinary_thread() && served(op, t, size); }
 
 // A tensor of exactly torch's type, or None.
 inline bool is_plain(PyObject* o) { return THPVariable_CheckExact(o); }

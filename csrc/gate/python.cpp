@@ -56,7 +56,7 @@ bool unpack_reduction(PyObject* o, int64_t& out) {
 // Whether the op is open to tensors of ours alone; `size` as KnownAnswers takes it.
 template <class... T>
 bool open_to(Op op, int64_t size, const Tensor& first, const T&... others) {
-  return open(op, first, size) && ordinary(first) && (ordinary(others) && ...);
+  return ordinary_thread() && served(op, first, size) && ordinary(first) && (ordinary(others) && ...);
 }
 
 // What call() gives, while other Python threads may run.
@@ -72,14 +72,15 @@ PyObject* output_of(F call) {
 
 // ---- what torch does sooner; who asks for ours explicitly gets it (`held`) ----
 
-// Rows of two or three: with AVX2 each is loaded through the stack, and takes 1.0 to 1.4 times as long; from four on
-// ours gains.
+// Rows of fewer than four elements with AVX2: loading each through the stack makes us take 1.0 to 1.4 times as long.
+// From four elements on we are faster.
 Threshold short_row("layer_norm.short_row", 4);
 bool torch_normalizes_sooner(const Tensor& input, int64_t size) {
   return !held && size < short_row && input.is_cpu() && !cpu_kernels()->avx512;
 }
 
-// For rows of just one register of floats torch's loss took 0.9 of our time, measured before a lane was a row of them.
+// With AVX-512, 16 classes in float32, a register a row: torch's loss took 0.9 of our time. Measured before a lane
+// became a row of few classes, and not since.
 bool torch_counts_sooner(const Tensor& input) {
   return !held && input.scalar_type() == at::kFloat && input.dim() == 2 && input.size(1) == 16 && input.is_cpu() &&
          cpu_kernels()->avx512;
@@ -250,10 +251,18 @@ PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t c
   END_HANDLE_TH_ERRORS
 }
 
-// From so many elements on a step takes some milliseconds, and other Python threads may run meanwhile. References then
-// hold the tensors, which those threads could let go of.
+// From so many elements on a call takes some milliseconds, and other Python threads may run meanwhile. References then
+// hold the tensors, which those threads could let go of: `hold` makes them.
 Threshold release_gil("release_gil_elements", int64_t(1) << 24);
-Path gil_released("step.without_gil");
+Path gil_released("without_gil");
+template <class Hold, class Call>
+auto run(int64_t elements, Hold hold, Call call) {
+  if (elements < release_gil) return call();
+  gil_released.taken();
+  const auto held = hold();
+  const pybind11::gil_scoped_release no_gil;
+  return call();
+}
 
 // adamw_(param_groups, state, grad_scale, found_inf, clip_coef, master_weights, rounding_seed, skipped), and sgd_ and
 // rmsprop_: True where all is done, but for the parameters in the set `skipped`, or None. Else nothing is done: False
@@ -273,16 +282,16 @@ PyObject* py_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
   std::vector<Group<Call>> groups(PyList_GET_SIZE(args[0]));
   StateReader states(args[1]);
   bool all = true;
+  int64_t seed = 0;
+  if (args[6] != Py_None && !unpack_int(args[6], seed)) return wrong_arguments("rounding_seed is an int or None");
   for (size_t i = 0; i < groups.size(); ++i) {
     auto& call = groups[i].call;
     call.grad_scale = optional_tensor(args[2]);
     call.found_inf = optional_tensor(args[3]);
     call.clip_coef = optional_tensor(args[4]);
-    int64_t seed;
-    if (args[6] != Py_None) {
-      if (!unpack_int(args[6], seed)) return wrong_arguments("rounding_seed is an int or None");
-      call.rounding_seed = seed;
-    }
+    // Another one for each group, in which tensors are counted from 0.
+    if (args[6] != Py_None)
+      call.rounding_seed = static_cast<int64_t>(static_cast<uint64_t>(seed) + (uint64_t(i) << 32));
     if (!read_group(PyList_GET_ITEM(args[0], i), states, exact, skipped, groups[i])) Py_RETURN_FALSE;
     all = all && groups[i].left.empty();
   }
@@ -295,22 +304,13 @@ PyObject* py_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     return left.release().ptr();
   }
-  for (auto& g : groups) {
-    if (g.elements < release_gil) {
-      g.step();
-      continue;
-    }
-    gil_released.taken();
-    const auto held = g.held();
-    pybind11::gil_scoped_release no_gil;
-    g.step();
-  }
+  for (auto& g : groups) run(g.elements, [&] { return g.held(); }, [&] { g.step(); });
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
 
-// Plain dense tensors on one device, as the functions below take them, and the dtype that all of them fit in.
-bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty, at::ScalarType& dtype) {
+// Plain dense tensors on one device, as the functions below take them.
+bool read_tensors(PyObject* list, Borrowed& out) {
   if (!PyList_Check(list) || !PyList_GET_SIZE(list) || !ordinary_thread()) return false;
   out.reserve(PyList_GET_SIZE(list));
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
@@ -319,12 +319,20 @@ bool read_tensors(PyObject* list, Borrowed& out, bool& any_empty, at::ScalarType
     const Tensor& t = THPVariable_Unpack(o);
     if (!served(kTotalNorm, t) || !ordinary(t) || !covers_clip(t)) return false;
     if (i && t.device() != out.tensors()[0].device()) return false;
-    any_empty = any_empty || t.numel() == 0;
-    dtype = i ? at::promote_types(dtype, t.scalar_type()) : t.scalar_type();
     out.add(t);
   }
   return true;
 }
+
+// call(tensors), for which the lock is given back where it takes long.
+template <class Call>
+auto run(const Borrowed& borrowed, Call call) {
+  const auto& tensors = borrowed.tensors();
+  int64_t elements = 0;
+  for (const auto& t : tensors) elements += t.numel();
+  return run(elements, [&] { return std::vector<Tensor>(tensors); }, [&] { return call(tensors); });
+}
+
 // total_norm(tensors, norm_type): their norm in the dtype that all of them fit in, and in float64; or None where it is
 // torch's.
 PyObject* py_total_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -332,14 +340,13 @@ PyObject* py_total_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   double norm_type;
   if (count != 2 || !unpack_double(args[1], norm_type)) return wrong_arguments("total_norm(tensors, norm_type)");
   Borrowed tensors;
-  bool any_empty = false;
-  at::ScalarType dtype;
   const bool largest = norm_type == std::numeric_limits<double>::infinity();
-  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors, any_empty, dtype) ||
-      (largest && (any_empty || !tensors.tensors()[0].is_cpu())))
-    Py_RETURN_NONE;  // the largest of nothing is torch's error
-  const Tensor exact = total_norm(tensors.tensors(), norm_type);
-  return py::make_tuple(exact.to(dtype), exact).release().ptr();
+  if ((norm_type != 2 && !largest) || !read_tensors(args[0], tensors)) Py_RETURN_NONE;
+  const auto& all = tensors.tensors();
+  const auto is_empty = [](const Tensor& t) { return t.numel() == 0; };  // the largest of nothing is torch's error
+  if (largest && (!all[0].is_cpu() || std::any_of(all.begin(), all.end(), is_empty))) Py_RETURN_NONE;
+  const Tensor exact = run(tensors, [&](const auto& t) { return total_norm(t, norm_type); });
+  return py::make_tuple(exact.to(norm_dtype(all)), exact).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -349,10 +356,8 @@ PyObject* py_scale_(PyObject*, PyObject* const* args, Py_ssize_t count) {
   double factor;
   if (count != 2 || !unpack_double(args[1], factor)) return wrong_arguments("scale_(tensors, factor)");
   Borrowed tensors;
-  bool any_empty = false;
-  at::ScalarType dtype;
-  if (!read_tensors(args[0], tensors, any_empty, dtype) || !tensors.tensors()[0].is_cpu()) Py_RETURN_FALSE;
-  scale_(tensors.tensors(), factor);
+  if (!read_tensors(args[0], tensors) || !tensors.tensors()[0].is_cpu()) Py_RETURN_FALSE;
+  run(tensors, [&](const auto& t) { scale_(t, factor); });
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
@@ -364,10 +369,8 @@ PyObject* py_clip_coef(PyObject*, PyObject* const* args, Py_ssize_t count) {
   double max_norm;
   if (count != 4) return wrong_arguments("clip_coef(tensors, max_norm, grad_scale, scales)");
   Borrowed tensors;
-  bool any_empty = false;
-  at::ScalarType dtype;
-  if (!unpack_double(args[1], max_norm) || !is_plain_or_none(args[2]) ||
-      !read_tensors(args[0], tensors, any_empty, dtype) || tensors.tensors()[0].is_cpu() ||
+  if (!unpack_double(args[1], max_norm) || !is_plain_or_none(args[2]) || !read_tensors(args[0], tensors) ||
+      tensors.tensors()[0].is_cpu() ||
       (args[2] != Py_None && THPVariable_Unpack(args[2]).device() != tensors.tensors()[0].device()))
     Py_RETURN_NONE;
   const auto [norm, coef] = clip_coef(tensors.tensors(), max_norm, optional_tensor(args[2]));
@@ -427,7 +430,7 @@ PyObject* py_triton_kernels(PyObject*, PyObject* ops) {
   END_HANDLE_TH_ERRORS
 }
 
-// cpu_kernels() -> "avx512", "avx2" or None
+// cpu_kernels() -> "avx512_bf16", "avx512", "avx2" or None
 PyObject* py_cpu_kernels(PyObject*, PyObject*) {
   HANDLE_TH_ERRORS
   if (!cpu_kernels()) Py_RETURN_NONE;

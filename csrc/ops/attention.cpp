@@ -8,6 +8,8 @@
 #include <ATen/ops/softmax.h>
 #include <torch/library.h>
 
+#include <cmath>
+
 #include "../gate/autograd.h"
 #include "op.h"
 
@@ -58,20 +60,18 @@ bool covers_attention(
   const auto device = query.device();
   if (!query.is_cpu() || key.device() != device || value.device() != device) return false;
   const auto dtype = query.scalar_type();
-  const auto known = [](const Tensor& t) {
-    return t.scalar_type() == at::kFloat || t.scalar_type() == at::kBFloat16 || t.scalar_type() == at::kHalf;
-  };
   // One dtype, or any that autocast will bring to one.
   const bool cast = at::autocast::is_autocast_enabled(at::kCPU);
   for (const auto* t : {&query, &key, &value})
-    if (!known(*t) || !(cast || t->scalar_type() == dtype) || t->dim() != 4 || t->numel() == 0) return false;
+    if (!float_or_half(t->scalar_type()) || !(cast || t->scalar_type() == dtype) || t->dim() != 4 || t->numel() == 0)
+      return false;
   if (key.size(0) != query.size(0) || value.size(0) != query.size(0)) return false;
   if (key.size(1) != value.size(1) || query.size(1) % key.size(1) != 0) return false;
   if (key.size(2) != value.size(2) || key.size(3) != query.size(3)) return false;
   if (defined(attn_mask)) {
     const auto& mask = *attn_mask;
     const auto type = mask.scalar_type();
-    if (!(type == at::kBool || type == at::kFloat || (known(mask) && (cast || type == dtype)))) return false;
+    if (!(type == at::kBool || type == at::kFloat || (float_or_half(type) && (cast || type == dtype)))) return false;
     if (is_causal || mask.requires_grad() || mask.device() != device || mask.dim() < 2 || mask.dim() > 4) return false;
     const int64_t sizes[] = {query.size(0), query.size(1), query.size(2), key.size(2)};
     for (int64_t d = 1; d <= mask.dim(); ++d)

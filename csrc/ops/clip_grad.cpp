@@ -39,7 +39,7 @@ void scale_by_(at::TensorList tensors, const Tensor& factor) {
 bool covers_clip(const Tensor& t) {
   const auto type = t.scalar_type();
   return t.is_non_overlapping_and_dense() && !forbidden(t) &&
-         (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || (type == at::kDouble && t.is_cpu()));
+         (float_or_half(type) || (type == at::kDouble && t.is_cpu()));
 }
 
 at::ScalarType norm_dtype(at::TensorList tensors) {

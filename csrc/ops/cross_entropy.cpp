@@ -110,9 +110,7 @@ void check_classes(const Tensor& target, int64_t classes, int64_t ignore_index) 
 
 namespace {
 
-bool autocast_takes(at::ScalarType t) { return known_dtype(t) && t != at::kDouble; }
-
-// What does not depend on whether the logits are there: `type` is their dtype, `out` the loss's.
+// The checks that need no logits, which linear_cross_entropy shares: `type` is their dtype, `out` the loss's.
 bool covers_classes(
     const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index, double label_smoothing,
     at::ScalarType type, std::optional<at::ScalarType> out) {
@@ -125,8 +123,8 @@ bool covers_classes(
   if (defined(weight)) {
     // Torch knows no gradient of the weight.
     if (!weight->is_cpu() || weight->dim() != 1 || weight->size(0) != classes || any_needs_grad(*weight)) return false;
-    const bool cast = at::autocast::is_autocast_enabled(at::kCPU) && autocast_takes(loss);
-    if (weight->scalar_type() != loss && !(cast && autocast_takes(weight->scalar_type()))) return false;
+    const bool cast = at::autocast::is_autocast_enabled(at::kCPU) && float_or_half(loss);
+    if (weight->scalar_type() != loss && !(cast && float_or_half(weight->scalar_type()))) return false;
   }
   return total_weight(target, std::nullopt, classes, ignore_index).has_value();
 }
@@ -162,7 +160,7 @@ bool covers_linear_cross_entropy(
            (!defined(linear_bias) || f(linear_bias->scalar_type()));
   };
   auto type = input.scalar_type();
-  if (at::autocast::is_autocast_enabled(at::kCPU) && all(autocast_takes)) {
+  if (at::autocast::is_autocast_enabled(at::kCPU) && all(float_or_half)) {
     type = at::autocast::get_autocast_dtype(at::kCPU);
     dtype = at::kFloat;
   } else if (!all([&](at::ScalarType t) { return known_dtype(t) && t == type; }))
@@ -332,8 +330,8 @@ struct LinearCrossEntropy {
           grad_out, saved[0], saved[1], saved[2], saved[3], saved[4], reduction, ignore_index, label_smoothing, mask);
       return {grad_input, grad_weight, grad_bias};
     }
-    // They were computed for a grad_out of 1. The last backward may take them as they are, after a look at grad_out;
-    // but of those that somebody else has too, such as a hook that packed them, it gives copies.
+    // They were computed for a grad_out of 1. The last backward may scale them in place, but for those that somebody
+    // else holds too, such as a hook that packed them: of these it returns copies.
     variable_list out(saved.begin() + 5, saved.end());
     const Tensor factor = grad_out.to(saved[0].scalar_type());  // so that nothing is allocated when it is used below
     const auto scaled = [&](const Tensor& grad) { return grad.defined() ? grad * factor : grad; };
@@ -370,8 +368,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autograd(
     const OptTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
     std::optional<at::ScalarType> dtype, std::array<bool, 3> output_mask) {
   const bool differentiable = any_needs_grad(input, linear_weight, linear_bias);
-  // While the logits are at hand their gradient is computed at once. Not where grad_out is needed first: without a
-  // reduction each row has its own, and in float16 it brings the scale without which the gradient would vanish.
+  // The gradient is computed here, while the logits exist, but for where grad_out is needed first: without a reduction
+  // each row has its own, and in float16 it brings the loss's scale, without which the gradient would become zero.
   if (differentiable && reduction != at::Reduction::None && input.scalar_type() != at::kHalf)
     output_mask = {any_needs_grad(input), any_needs_grad(linear_weight), any_needs_grad(linear_bias)};
   const auto forward = [&] {
@@ -417,10 +415,9 @@ std::tuple<Tensor, Tensor> cross_entropy_autocast(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::optional<at::ScalarType> dtype) {
   c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
-  const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
   return cross_entropy(
       input, target, at::autocast::cached_cast(at::kFloat, weight, at::kCPU), reduction, ignore_index, label_smoothing,
-      half ? at::kFloat : dtype);
+      half_dtype(input.scalar_type()) ? at::kFloat : dtype);
 }
 
 // linear in the lower precision, and then as above.

@@ -43,7 +43,7 @@ bool covers_layer_norm(
     const Tensor& input, at::IntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     std::optional<at::ScalarType> out) {
   const auto dtype = input.scalar_type();
-  const bool half = dtype == at::kBFloat16 || dtype == at::kHalf;
+  const bool half = half_dtype(dtype);
   const bool wide = out && *out != dtype;
   if (wide && !(half && *out == at::kFloat)) return false;
   if (!half && dtype != at::kFloat && (dtype != at::kDouble || !input.is_cpu())) return false;
@@ -68,9 +68,7 @@ std::pair<int64_t, int64_t> check_layer_norm(
     std::optional<at::ScalarType> dtype, bool kernels) {
   const auto extents =
       at::native::_check_layer_norm_inputs(input, normalized_shape, weight.value_or(Tensor()), bias.value_or(Tensor()));
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      kernels && covers_layer_norm(input, normalized_shape, weight, bias, dtype),
-      "nnfast::layer_norm does not cover this call; nnfast.nn.functional.layer_norm hands it to torch");
+  check_covered(kernels && covers_layer_norm(input, normalized_shape, weight, bias, dtype), "layer_norm");
   return extents;
 }
 

@@ -43,7 +43,7 @@ bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& b
   // One dtype, or any that autocast will bring to one: it leaves float64 alone.
   const auto same = [&](const Tensor& t) { return t.scalar_type() == input.scalar_type(); };
   if (same(weight) && (!defined(bias) || same(*bias))) return true;
-  const auto cast = [&](const Tensor& t) { return known_dtype(t.scalar_type()) && t.scalar_type() != at::kDouble; };
+  const auto cast = [&](const Tensor& t) { return float_or_half(t.scalar_type()); };
   return at::autocast::is_autocast_enabled(input.device().type()) && cast(input) && cast(weight) &&
          (!defined(bias) || cast(*bias));
 }
@@ -70,12 +70,11 @@ void check_linear_backward(
         "nnfast::linear_backward: dtype must be grad_out's, or float beside 16 bits");
 }
 
-namespace {
-
-// Whether the weight lies by columns, and its gradient shall.
 bool by_columns(const OptTensor& weight) {
   return defined(weight) && weight->is_non_overlapping_and_dense() && !weight->is_contiguous();
 }
+
+namespace {
 
 // ---- shapes, for fake tensors and meta tensors ----
 

@@ -17,9 +17,9 @@ using OptTensor = std::optional<Tensor>;
 // The op as the dispatcher knows it. Look it up once: `static const auto op =
 // find_op<decltype(layer_norm)>("layer_norm");`
 template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name, const char* overload = "") {
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton()
-      .findSchemaOrThrow((std::string("nnfast::") + name).c_str(), overload)
+      .findSchemaOrThrow((std::string("nnfast::") + name).c_str(), "")
       .typed<Signature>();
 }
 
@@ -41,6 +41,14 @@ OptTensor autocast_to_lower(const OptTensor& t, c10::DeviceType device);
 
 inline bool known_dtype(at::ScalarType t) {
   return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+inline bool half_dtype(at::ScalarType t) { return t == at::kBFloat16 || t == at::kHalf; }
+inline bool float_or_half(at::ScalarType t) { return t == at::kFloat || half_dtype(t); }
+
+// Anyone may call an op. What nnfast's own functions do not hand to it, it refuses.
+inline void check_covered(bool covered, const char* op) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      covered, "nnfast::", op, " does not cover this call; nnfast's functions hand it to torch");
 }
 
 // ---- the gate ----
@@ -82,6 +90,8 @@ bool covers_gelu(const Tensor& input, c10::string_view approximate);
 void check_gelu_backward(const Tensor& grad_output, const Tensor& self);
 void check_gelu_linear_backward(const Tensor& grad_output, const Tensor& weight, const Tensor& self);
 bool covers_linear(const Tensor& input, const Tensor& weight, const OptTensor& bias);
+// Whether the weight lies by columns, and its gradient shall.
+bool by_columns(const OptTensor& weight);
 // torch's kind of error where what the op would read does not fit together.
 void check_linear_backward(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,

@@ -9,8 +9,7 @@ bool covers_step(
     const Tensor& param, const Tensor& grad, at::ArrayRef<const Tensor*> state, const Tensor* master,
     const Tensor* step, bool mixed_dtypes) {
   const auto type = param.scalar_type();
-  const auto single = [](at::ScalarType t) { return t == at::kFloat || t == at::kBFloat16 || t == at::kHalf; };
-  if (!single(type) && (type != at::kDouble || !param.is_cpu())) return false;
+  if (!float_or_half(type) && (type != at::kDouble || !param.is_cpu())) return false;
   // torch keeps the step on the CPU, or with the parameter where it is capturable or fused.
   if (step) {
     if (step->scalar_type() != at::kFloat || step->numel() != 1 || forbidden(*step)) return false;
@@ -20,15 +19,16 @@ bool covers_step(
   const auto there = [&](const Tensor& t) { return t.device() == param.device() && t.sizes() == param.sizes(); };
   // The gradient may lie in another order than the parameter.
   const auto of_grad = grad.scalar_type();
-  if (!there(grad) || (of_grad != type && !(mixed_dtypes && single(type) && single(of_grad)))) return false;
+  if (!there(grad) || (of_grad != type && !(mixed_dtypes && float_or_half(type) && float_or_half(of_grad))))
+    return false;
   // The state lies in memory as the parameter does, without gaps, all of it in one type: the parameter's, or float.
   const Tensor* first = nullptr;
   for (const Tensor* t : state) {
     if (!t || !t->defined()) continue;
     if (!first) first = t;
     const auto of_state = t->scalar_type();
-    const bool known =
-        of_state == type || (single(type) && (of_state == at::kFloat || (mixed_dtypes && single(of_state))));
+    const bool known = of_state == type ||
+                       (float_or_half(type) && (of_state == at::kFloat || (mixed_dtypes && float_or_half(of_state))));
     if (!known || of_state != first->scalar_type() || !there(*t) || t->strides() != param.strides() || forbidden(*t))
       return false;
   }

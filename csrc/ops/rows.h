@@ -1,7 +1,10 @@
-// Rows in a tensor, for the kernels of every device.
+// Tensors as the kernels of every device read them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
+
+#include <optional>
 
 namespace nnfast {
 
@@ -29,6 +32,22 @@ inline Rows rows_of(const at::Tensor& t, int64_t size, int64_t ndim) {
     count *= sizes[d];
   }
   return {t, stride};
+}
+
+// t, or a copy without its gaps, whose dimensions follow each other in memory as t's do.
+inline at::Tensor dense(const at::Tensor& t) { return t.is_non_overlapping_and_dense() ? t : t.clone(); }
+
+// t, or a copy of it that lies in memory as `like` does, which has no gaps.
+inline at::Tensor laid_out(const at::Tensor& t, const at::Tensor& like) {
+  return t.strides() == like.strides() ? t : at::empty_like(like, t.options()).copy_(t);
+}
+
+// A weight that may be missing.
+inline std::optional<at::Tensor> contiguous(const std::optional<at::Tensor>& t) {
+  return t && t->defined() ? std::optional(t->contiguous()) : std::nullopt;
+}
+inline const void* data(const std::optional<at::Tensor>& t) {
+  return t && t->defined() ? t->const_data_ptr() : nullptr;
 }
 
 }  // namespace nnfast

@@ -107,7 +107,7 @@ class AdamStep(NativeStep):
             return coef.float()
         return None if coef == 1 else coef
 
-    def _step_in_float(self, lists, options) -> None:
+    def _step_in_float(self, group: dict, lists, options) -> None:
         """torch's step in float32, where some parameters are bfloat16 with a master or stochastic rounding."""
         params, grads, *moments, steps = lists
         lower = [p.dtype is torch.bfloat16 for p in params]
@@ -118,10 +118,11 @@ class AdamStep(NativeStep):
             for kind in (grads, *moments)
         ]
         self._torch(*lists, steps, **options)
+        which = [other is group for other in self.param_groups].index(True)
         for i in (i for i, half in enumerate(lower) if half):
             chance = None
             if self.stochastic_rounding:
-                seed = hash((self._seed, i, int(steps[i]))) & (2**63 - 1)
+                seed = hash((self._seed, which, i, int(steps[i]))) & (2**63 - 1)
                 chance = torch.Generator(params[i].device).manual_seed(seed)
             for old, new in zip(moments, lists[2:], strict=True):
                 if old and old[i].dtype is torch.bfloat16:
@@ -171,20 +172,20 @@ class AdamW(AdamStep, torch.optim.AdamW):
         p = p - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
     Parameters and gradients share a dtype (float32, float64, bfloat16, float16), and the moments have that or float32;
-    the arithmetic is in float32, or float64 for float64. Of a DTensor (FSDP2) the local shard is stepped. On a GPU, a
-    step of ``capturable`` or ``fused`` parameters, a tensor ``lr`` and a GradScaler's numbers are read there and the
-    host waits for nothing. What the kernels do not cover (complex, sparse, differentiable, float64 on a GPU, a device
-    without kernels, a parameter whose memory has gaps, ...) goes through torch's own code, parameter by parameter. With
-    ``fused=True`` on a CPU, that is torch's loop where its fused kernel is wrong: for parameters with gaps, and for
-    gradients of other strides.
+    the arithmetic is in float32, or float64 for float64. Of a DTensor (FSDP2) the local shard is stepped. On a GPU, the
+    step count of ``capturable`` or ``fused`` parameters, a tensor ``lr`` and a GradScaler's numbers are read there, so
+    that the CPU does not wait. What the kernels do not cover (complex, sparse, differentiable, float64 on a GPU, a
+    device without kernels, a parameter whose memory has gaps, ...) goes through torch's own code, parameter by
+    parameter. With ``fused=True`` on a CPU, that is torch's loop where its fused kernel is wrong: for parameters with
+    gaps, and for gradients of other strides.
 
     Args beyond torch's, keyword only:
-        max_grad_norm (float, optional): as ``clip_grad_norm_`` before the step, but in one pass: the gradients are
-            multiplied as they are read, and ``p.grad`` stays as it is. ``optimizer.grad_norm`` is the norm before
-            clipping, over all groups, and over all ranks of DTensors.
+        max_grad_norm (float, optional): clips as ``clip_grad_norm_`` before the step would, without writing the
+            gradients: they are multiplied as the step reads them, and ``p.grad`` stays unclipped.
+            ``optimizer.grad_norm`` is the norm before clipping, over all groups, and over all ranks of DTensors.
         master_weights (bool): a bfloat16 parameter keeps the low 16 bits of its float32 value in the state, as
-            ``master_param`` (int16), and float32 moments: it then trains as a float32 parameter does, and is that one
-            rounded. Default: ``False``
+            ``master_param`` (int16), and float32 moments: it trains as a float32 parameter does, and its value is that
+            one rounded to bfloat16. Default: ``False``
         stochastic_rounding (bool): a bfloat16 parameter, and ``exp_avg_sq``, is rounded up or down by chance, so that
             small updates count on average. Repeatable under ``torch.manual_seed``. Default: ``False``
     """

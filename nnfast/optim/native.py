@@ -131,7 +131,7 @@ class NativeStep:
             if coef is not None:
                 lists = [params, [g * coef.to(g.device, g.dtype) for g in grads], *lists[2:]]
         if kept:
-            self._step_in_float(lists, options)
+            self._step_in_float(group, lists, options)
         else:
             self._torch(*lists, **options)
 

@@ -19,11 +19,14 @@ _OURS = {
 def swap(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Make ``optimizer`` ours, in place: groups, state, hooks and schedulers stay.
 
+    There is no undo: to go back, make torch's optimizer and ``load_state_dict`` into it.
+
     Args:
-        optimizer: of exactly torch's AdamW, Adam, SGD or RMSprop; any other is left as it is.
+        optimizer: of exactly torch's AdamW, Adam, SGD or RMSprop. Any other, and one whose ``step`` somebody but a
+            scheduler has replaced, is left as it is.
 
     Returns:
-        The same object.
+        The same object; its type says whether it is ours.
     """
     ours = _OURS.get(type(optimizer))
     if ours is None:

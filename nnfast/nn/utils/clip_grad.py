@@ -15,13 +15,13 @@ def __getattr__(name: str):
     return getattr(_torch, name)
 
 
-def total_norm(tensors: list[Tensor], norm_type: float = 2.0) -> tuple[Tensor, Tensor]:
+def total_norm(tensors: list[Tensor], norm_type: float = 2.0, foreach: bool | None = None) -> tuple[Tensor, Tensor]:
     """The norm that torch's ``get_total_norm`` gives, and the same before rounding where ours served."""
     norms = _ours(tensors, norm_type)
     if norms is None:
         if tensors:
             backend.torch_serves("get_total_norm")
-        norm = _get_total_norm(tensors, norm_type)
+        norm = _get_total_norm(tensors, norm_type, foreach=foreach)
         return norm, norm
     return norms
 
@@ -64,7 +64,7 @@ def get_total_norm(tensors, norm_type=2.0, error_if_nonfinite=False, foreach=Non
         norm_type = float(norm_type)
         if not tensors or not _is_flag(foreach):
             return _get_total_norm(tensors, norm_type, error_if_nonfinite, foreach)
-        norm, exact = total_norm(tensors, norm_type)
+        norm, _ = total_norm(tensors, norm_type, foreach)
         if error_if_nonfinite:
             _check_finite(norm, tensors, norm_type)
         return norm
