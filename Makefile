@@ -1,10 +1,10 @@
 # make demo    the main job: a small GPT trained with torch and with nnfast, side by side
 # make test    the tests
-# make bench   every benchmark on this CPU, its table, report and pictures; make bench-gpu the same on a GPU
+# make bench   every benchmark on this CPU (hours), its table, report and pictures; make bench-gpu the same on a GPU
 # make fuzz    20,000 random cases an op, against float64; the tests hold a slice of it
 # make sanitize  the ops' tests, and a slice of the random cases, under AddressSanitizer and UndefinedBehaviorSanitizer
-# make coverage  lines and branches of csrc, as built for a CPU, and of nnfast that the tests reach
-# make mutants   150 changes of a line each in kernels, contracts and the gate: how many turn a test red
+# make coverage  lines and branches of csrc, as built for a CPU, and of nnfast that the tests reach (half an hour to an hour)
+# make mutants   150 changes of a line each in kernels, contracts and the gate: how many turn a test red (hours)
 # make shut-gate  the tests of the contract's rows where torch serves every call: each must turn red
 # make lint    formatting and lint, as CI checks them; make format mends them
 # make emulate  the CUDA kernels on this CPU, every thread a fiber, under AddressSanitizer and UndefinedBehaviorSanitizer, and
@@ -16,8 +16,10 @@
 #
 # make wheel    one wheel for each of PYTHONS, for every torch of TORCHES (which it downloads), into dist/; make sdist
 #
-# Each makes .venv with torch $(TORCH) for the CPU where there is none. To use an interpreter of your own, whose torch,
-# be it for CUDA, is then left alone: make test PYTHON=/path/to/python
+# make clean   removes what was built
+#
+# Each makes .venv with torch $(TORCH) for the CPU if there is none. To use a Python of your own, and keep its torch (for
+# CUDA, say): make test PYTHON=/path/to/python
 
 TORCH := 2.13.0
 # What wheels are built for; a newer torch than the last is met with the kernels for the last (nnfast/selftest.py).
