@@ -286,6 +286,7 @@ def torchs_calls():
     yield "dropout", (t, t, t), {"dropout_p": 0.5}
     yield "float64", (t.double(),) * 3, {}
     yield "three dimensions", (t[0],) * 3, {}
+    yield "five dimensions", (torch.stack([t, -t, 2 * t]),) * 3, {}
     yield "no keys", (t, t[:, :, :0], t[:, :, :0]), {}
     yield "no queries", (t[:, :, :0], t, t), {}
     yield "heads broadcast", (t, t[:, :1], t[:, :1]), {}
