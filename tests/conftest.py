@@ -135,17 +135,6 @@ def cpu_kernels(request):
 
 
 @pytest.fixture
-def short_rows():
-    """LayerNorm's shortest rows, which are torch's with AVX2, are ours."""
-    from common import thresholds
-
-    from nnfast import backend
-
-    with thresholds(**({} if backend.native is None else {"layer_norm__short_row": 0})):
-        yield
-
-
-@pytest.fixture
 def some_kernels(request):
     """``cpu_kernels``, where some of the calls are torch's in any case."""
     from nnfast import backend

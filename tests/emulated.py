@@ -36,7 +36,6 @@ LIBRARY, SLICE = os.environ["NNFAST_EMULATED"], os.environ.get("NNFAST_EMULATE")
 
 torch.ops.load_library(LIBRARY)
 device = ctypes.CDLL(LIBRARY)
-native.set_threshold("layer_norm.short_row", 0)  # or the shortest rows would be torch's, for the tensors are a CPU's
 
 # Multiprocessors: so few that a persistent kernel takes several rounds. Bytes of shared memory for a block.
 PROCESSORS, SHARED = 1, 227 << 10

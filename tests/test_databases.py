@@ -103,7 +103,6 @@ FLOAT64_ATTENTION = pytest.mark.torch_serves("attention in float64")
         for dtype in DTYPES
     ],
 )
-@pytest.mark.usefixtures("short_rows")
 def test_samples_of_an_op(name, ours, theirs, formula, dtype):
     """L4, L5, L6, G1: each sample's output and gradients, against float64 and beside torch's."""
     count = 0

@@ -72,12 +72,15 @@ NNFAST_INLINE f32v before(f32v v, int64_t count, float value) {
 template <class M>
 NNFAST_INLINE void mask_row(const M* mask, int64_t stride, int64_t n, float* row) {
   M gathered[kBlock];
-  if (stride != 1) {
+  if (stride != 1 || (std::is_same_v<M, bool> && n % kLanes)) {
     for (int64_t j = 0; j < n; ++j) gathered[j] = mask[j * stride];
     mask = gathered;
   }
   if constexpr (std::is_same_v<M, bool>)
-    for (int64_t j = 0; j < n; ++j) row[j] = mask[j] ? 0.0f : -INFINITY;  // which the compiler takes by registers
+    for (int64_t j = 0; j < n; j += kLanes) {  // no branch, for some masks are random
+      const f32v no = load(mask + j, Full<f32v>{}) - f32v(0.5f);
+      store(row + j, blend_negative(no, f32v(-INFINITY), f32v(0.0f)), Full<f32v>{});
+    }
   else
     sweep<float, f32v>(
         n, [&](int64_t j, auto part) NNFAST_LAMBDA { store(row + j, load(mask + j, part), Full<f32v>{}); });

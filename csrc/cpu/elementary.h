@@ -81,19 +81,4 @@ NNFAST_INLINE Sides<Quad<float>> sigmoid(Quad<float> x) { return sigmoid_simd(x)
 NNFAST_INLINE Sides<f32v> normal_cdf(f32v x) { return normal_cdf_simd(x); }
 NNFAST_INLINE Sides<Quad<float>> normal_cdf(Quad<float> x) { return normal_cdf_simd(x); }
 
-// GELU's functions have no polynomials for double: such a run goes element by element through the C library's.
-struct One {
-  using vec = double;
-};
-NNFAST_INLINE double load(const double* p, One) { return *p; }
-NNFAST_INLINE void store(double* p, double v, One) { *p = v; }
-NNFAST_INLINE void store(double* p, double v, One, bool) { *p = v; }
-template <class A, class Body>
-NNFAST_INLINE void sweep_elementary(int64_t n, Body body) {
-  if constexpr (sizeof(A) == sizeof(float))
-    sweep<A>(n, body);
-  else
-    for (int64_t i = 0; i < n; ++i) body(i, One{});
-}
-
 }  // namespace nnfast::NNFAST_ISA

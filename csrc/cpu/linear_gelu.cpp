@@ -3,6 +3,7 @@
 #include <ATen/ceil_div.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
 #include "../gate/paths.h"
@@ -28,8 +29,8 @@ void gelu_elements(const Gelu& f, int64_t count) {
 Tensor gelu_cpu(const Tensor& self, c10::string_view approximate) {
   check_covered(cpu_kernels() && covers_gelu(self, approximate), "gelu");
   gelu_served.taken();
-  // ATen has a vectorised tanh for double, and takes two thirds of our time.
-  if (self.scalar_type() == at::kDouble && approximate == "tanh") return at::gelu(self, approximate);
+  // ATen has vectorised functions for double.
+  if (self.scalar_type() == at::kDouble) return at::gelu(self, approximate);
   const Tensor input = dense(self);
   Tensor output = input.is_contiguous() ? empty(self.sizes(), self.scalar_type()) : at::empty_like(input);
   gelu_elements(
@@ -59,6 +60,7 @@ Tensor gelu_backward_cpu(const Tensor& grad_output, const Tensor& self, c10::str
   check_gelu_backward(grad_output, self);
   gelu_backward_served.taken();
   const Tensor x = dense(self), grad = laid_out(grad_output, x);
+  if (x.scalar_type() == at::kDouble) return at::gelu_backward(grad, x, approximate);
   const Tensor grad_input = x.is_contiguous() ? empty(x.sizes(), x.scalar_type()) : at::empty_like(x);
   const GeluBackward b = gelu_grad(grad, x, approximate, 1, grad_input);
   at::parallel_for(0, x.numel(), row_grain(1), [&](int64_t begin, int64_t end) {
@@ -73,8 +75,12 @@ std::tuple<Tensor, Tensor> gelu_backward_sum_cpu(
   check_gelu_backward(grad_output, self);
   gelu_backward_sum_served.taken();
   const Tensor grad = grad_output.contiguous(), x = self.contiguous();
-  const Tensor grad_input = empty(x.sizes(), x.scalar_type());
   const int64_t size = x.size(-1), rows = size ? x.numel() / size : 0, threads = row_threads(rows, size);
+  if (x.scalar_type() == at::kDouble) {
+    const Tensor grad_input = at::gelu_backward(grad, x, approximate);
+    return {grad_input, grad_input.view({rows, size}).sum(0)};
+  }
+  const Tensor grad_input = empty(x.sizes(), x.scalar_type());
   RowSums grad_bias(true, threads, size, x);
   const GeluBackward b = gelu_grad(grad, x, approximate, size, grad_input);
   for_each_block(rows, size, threads, [&](int64_t thread, int64_t begin, int64_t end) {

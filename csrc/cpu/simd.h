@@ -142,6 +142,10 @@ template <class T>
 NNFAST_INLINE f32v load(const T* p, Full<f32v>) {
   return widen(T{}, _mm256_loadu_si256((const __m256i*)p));
 }
+// 1 for true.
+NNFAST_INLINE f32v load(const bool* p, Full<f32v>) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
 NNFAST_INLINE f32v load(const float* p, Tail<f32v> t) { return _mm512_maskz_loadu_ps((1u << t.n) - 1, p); }
 NNFAST_INLINE f64v load(const double* p, Tail<f64v> t) { return _mm512_maskz_loadu_pd((1u << t.n) - 1, p); }
 template <class T>
@@ -224,6 +228,10 @@ template <class T>
 NNFAST_INLINE f32v load(const T* p, Full<f32v>) {
   return widen(T{}, _mm_loadu_si128((const __m128i*)p));
 }
+// 1 for true.
+NNFAST_INLINE f32v load(const bool* p, Full<f32v>) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
 NNFAST_INLINE void store(float* p, f32v v, Full<f32v>) { _mm256_storeu_ps(p, v); }
 NNFAST_INLINE void store(double* p, f64v v, Full<f64v>) { _mm256_storeu_pd(p, v); }
 template <class T>
@@ -236,34 +244,66 @@ template <class T>
 NNFAST_INLINE void stream(T* p, f32v v) {
   _mm_stream_si128((__m128i*)p, narrow(T{}, v));
 }
-// AVX2 has no masked access to 16 bits: a tail goes through a register's worth of stack.
-template <class T, class V>
-NNFAST_INLINE V load(const T* p, Tail<V> t) {
-  T full[lanes<V>] = {};
-  std::memcpy(full, p, t.n * sizeof(T));
-  return load(full, Full<V>{});
+// Tails: masked loads, for a register that was just put together in memory is slow to load; stores by powers of two,
+// for masked ones take dozens of instructions on AMD. AVX2 has no masked access to 16 bits.
+NNFAST_INLINE __m256i mask_of(Tail<f32v> t) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)t.n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
-template <class T, class V>
-NNFAST_INLINE void store(T* p, V v, Tail<V> t) {
-  T full[lanes<V>];
-  store(full, v, Full<V>{});
-  std::memcpy(p, full, t.n * sizeof(T));
+NNFAST_INLINE __m256i mask_of(Tail<f64v> t) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(t.n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
-NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)t.n), lane)));
+NNFAST_INLINE f32v load(const float* p, Tail<f32v> t) { return _mm256_maskload_ps(p, mask_of(t)); }
+NNFAST_INLINE f64v load(const double* p, Tail<f64v> t) { return _mm256_maskload_pd(p, mask_of(t)); }
+template <class T>
+NNFAST_INLINE f32v load(const T* p, Tail<f32v> t) {
+  int64_t four = 0, rest = 0;  // of 16 bits each
+  if (t.n & 4) std::memcpy(&four, p, 8), p += 4;
+  if (t.n & 2) std::memcpy(&rest, p, 4);
+  if (t.n & 1) rest |= (int64_t)p[t.n & 2].bits << 16 * (t.n & 2);
+  return widen(T{}, t.n & 4 ? _mm_set_epi64x(rest, four) : _mm_set_epi64x(0, rest));
 }
-NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t) {
-  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
-  return _mm256_and_pd(v, _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(t.n), lane)));
+NNFAST_INLINE void store(float* p, f32v v, Tail<f32v> t) {
+  __m128 left = _mm256_castps256_ps128(v);
+  if (t.n & 4) {
+    _mm_storeu_ps(p, left);
+    p += 4;
+    left = _mm256_extractf128_ps(v, 1);
+  }
+  if (t.n & 2) {
+    _mm_storel_pi((__m64*)p, left);
+    p += 2;
+    left = _mm_movehl_ps(left, left);
+  }
+  if (t.n & 1) _mm_store_ss(p, left);
 }
+NNFAST_INLINE void store(double* p, f64v v, Tail<f64v> t) {
+  __m128d left = _mm256_castpd256_pd128(v);
+  if (t.n & 2) {
+    _mm_storeu_pd(p, left);
+    p += 2;
+    left = _mm256_extractf128_pd(v, 1);
+  }
+  if (t.n & 1) _mm_store_sd(p, left);
+}
+template <class T>
+NNFAST_INLINE void store(T* p, f32v v, Tail<f32v> t) {
+  __m128i left = narrow(T{}, v);
+  if (t.n & 4) {
+    _mm_storel_epi64((__m128i*)p, left);
+    p += 4;
+    left = _mm_srli_si128(left, 8);
+  }
+  const int64_t rest = _mm_cvtsi128_si64(left);
+  if (t.n & 2) std::memcpy(p, &rest, 4);
+  if (t.n & 1) p[t.n & 2].bits = (uint16_t)(rest >> 16 * (t.n & 2));
+}
+NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t) { return _mm256_and_ps(v, _mm256_castsi256_ps(mask_of(t))); }
+NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t) { return _mm256_and_pd(v, _mm256_castsi256_pd(mask_of(t))); }
 NNFAST_INLINE f32v keep(f32v v, Tail<f32v> t, f32v rest) {
-  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm256_blendv_ps(rest, v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)t.n), lane)));
+  return _mm256_blendv_ps(rest, v, _mm256_castsi256_ps(mask_of(t)));
 }
 NNFAST_INLINE f64v keep(f64v v, Tail<f64v> t, f64v rest) {
-  const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
-  return _mm256_blendv_pd(rest, v, _mm256_castsi256_pd(_mm256_cmpgt_epi64(_mm256_set1_epi64x(t.n), lane)));
+  return _mm256_blendv_pd(rest, v, _mm256_castsi256_pd(mask_of(t)));
 }
 
 NNFAST_INLINE float sum(f32v v) {

@@ -72,11 +72,9 @@ PyObject* output_of(F call) {
 
 // ---- what torch does sooner; who asks for ours explicitly gets it (`held`) ----
 
-// Rows of fewer than four elements with AVX2: loading each through the stack makes us take 1.0 to 1.4 times as long.
-// From four elements on we are faster.
-Threshold short_row("layer_norm.short_row", 4);
-bool torch_normalizes_sooner(const Tensor& input, int64_t size) {
-  return !held && size < short_row && input.is_cpu() && !cpu_kernels()->avx512;
+// GELU of doubles is ATen's in any case, and torch's node takes some microseconds less.
+bool torch_activates_sooner(const Tensor& input) {
+  return !held && input.is_cpu() && input.scalar_type() == at::kDouble;
 }
 
 // With AVX-512, 16 classes in float32, a register a row: torch's loss took 0.9 of our time. Measured before a lane
@@ -105,9 +103,7 @@ PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor& input = THPVariable_Unpack(args[0]);
   const OptTensor weight = optional_tensor(args[2]), bias = optional_tensor(args[3]);
   const int64_t size = c10::multiply_integers(shape);
-  if (!open_to(kLayerNorm, size, input, weight, bias) || !covers_layer_norm(input, shape, weight, bias) ||
-      torch_normalizes_sooner(input, size))
-    Py_RETURN_NONE;
+  if (!open_to(kLayerNorm, size, input, weight, bias) || !covers_layer_norm(input, shape, weight, bias)) Py_RETURN_NONE;
   return output_of([&] { return std::get<0>(layer_norm(input, c10::fromIntArrayRefSlow(shape), weight, bias, eps)); });
   END_HANDLE_TH_ERRORS
 }
@@ -119,7 +115,7 @@ PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   c10::string_view approximate;
   if (!is_plain(args[0]) || !unpack_string(args[1], approximate)) Py_RETURN_NONE;
   const Tensor& input = THPVariable_Unpack(args[0]);
-  if (!open_to(kGelu, 1, input) || !covers_gelu(input, approximate)) Py_RETURN_NONE;
+  if (!open_to(kGelu, 1, input) || !covers_gelu(input, approximate) || torch_activates_sooner(input)) Py_RETURN_NONE;
   return output_of([&] { return nnfast::gelu(input, approximate); });
   END_HANDLE_TH_ERRORS
 }
