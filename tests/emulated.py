@@ -29,7 +29,6 @@ from test_optimizers import loop
 import nnfast.nn.functional as F
 import nnfast.optim as optim
 from nnfast import reference
-from nnfast.backend import native
 
 DTYPES = (torch.float32, *HALF)
 LIBRARY, SLICE = os.environ["NNFAST_EMULATED"], os.environ.get("NNFAST_EMULATE") == "slice"

@@ -87,7 +87,7 @@ def exactly(value):
     return double(value) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-FLOAT64_ATTENTION = pytest.mark.torch_serves("attention in float64")
+FLOAT64 = pytest.mark.torch_serves("attention and GELU in float64")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ FLOAT64_ATTENTION = pytest.mark.torch_serves("attention in float64")
             *f,
             dtype,
             id=f"{f[0]}-{dtype}",
-            marks=[FLOAT64_ATTENTION] if "attention" in f[0] and dtype is torch.float64 else [],
+            marks=[FLOAT64] if ("attention" in f[0] or "gelu" in f[0]) and dtype is torch.float64 else [],
         )
         for f in FUNCTIONS
         for dtype in DTYPES
@@ -165,7 +165,8 @@ if hasattr(torch.nn, "LinearCrossEntropyLoss"):  # from torch 2.12 on
 @pytest.mark.parametrize("kind, ours, theirs", CLASSES, ids=lambda c: getattr(c, "__name__", ""))
 def test_inputs_of_a_module(kind, ours, theirs, training):
     """L1, L2, L4, G1, G6: constructed, run forward and backward, copied, as torch's."""
-    info, dtype = MODULES[kind], torch.float32 if training else torch.float64
+    info = MODULES[kind]
+    dtype = torch.float32 if training or kind is torch.nn.GELU else torch.float64  # a GELU of doubles is torch's
     for sample in info.module_inputs_func(info, "cpu", dtype, requires_grad=True, training=training):
         construct, forward = sample.constructor_input, sample.forward_input
         if forward is None:
