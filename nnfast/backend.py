@@ -116,7 +116,7 @@ def server(op: str, device: str) -> tuple[str, str]:
     if why := available("cpu") if device == "cpu" else available("cuda") and available("triton"):
         return "torch", why
     if device == "cpu":
-        double = "" if op == "scaled_dot_product_attention" else ", float64"
+        double = "" if op in ("scaled_dot_product_attention", "gelu") else ", float64"
         return "cpu", f"{native.cpu_kernels()}: float32, bfloat16, float16{double}"
     covered = "float32, bfloat16, float16"
     if op in native.cuda_kernels():

@@ -68,7 +68,7 @@ def gelu(input: Tensor, *, approximate: str = "none", out: Tensor | None = None)
     ``x * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x**3))) / 2`` (Hendrycks and Gimpel, 2016; ``csrc/math/gelu.h``).
 
     Args:
-        input: any shape; float32, bfloat16, float16 or float64. The result has its shape and dtype.
+        input: any shape; float32, bfloat16 or float16; float64 is torch's. The result has its shape and dtype.
         approximate: ``"none"`` or ``"tanh"``.
         out: where torch's op shall write, if anywhere.
 
