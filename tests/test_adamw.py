@@ -880,6 +880,19 @@ def test_stochastic_rounding(backend):
     assert not any(torch.equal(p, q) for p, q in itertools.combinations(alike, 2))
 
 
+@pytest.mark.torch_serves("a gradient that torch refuses half-way")
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="newer torch has it")
+def test_a_gradient_of_another_dtype_changes_nothing():
+    p, q = torch.ones(4, dtype=torch.bfloat16).requires_grad_(), torch.ones(3, requires_grad=True)
+    p.grad_dtype = torch.float32
+    p.grad, q.grad = torch.ones(4), torch.ones(3)
+    optimizer = optim.AdamW([p, q])
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="expected dtype"):
+            optimizer.step()
+    assert (p == 1).all() and (q == 1).all() and not optimizer.state
+
+
 def test_extras_are_checked():
     p = torch.ones(2, requires_grad=True)
     for wrong in ({"max_grad_norm": 0}, {"max_grad_norm": -1.0}, {"master_weights": True, "stochastic_rounding": True}):

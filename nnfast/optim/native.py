@@ -151,7 +151,9 @@ class NativeStep:
         betas = options.get("beta1", 0), options.get("beta2", 0)
         if not all(isinstance(beta, Tensor) or 0 <= beta < 1 for beta in betas):
             return True
-        params, _, *state = lists
+        params, grads, *state = lists
+        if any(isinstance(g, Tensor) and g.dtype != p.dtype for p, g in zip(params, grads, strict=True)):
+            return True
         steps = state.pop() if len(state) > 1 else None  # SGD counts none, and makes its buffers on the way
         on_cpu = all(p.device.type == "cpu" for p in params)
         if on_cpu and not backend.available("cpu") and backend.forced() != "torch":
