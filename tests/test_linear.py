@@ -92,6 +92,24 @@ def test_gradcheck():
         assert torch.autograd.gradcheck(F.linear, args) and torch.autograd.gradgradcheck(F.linear, args)
 
 
+@pytest.mark.usefixtures("some_kernels")
+def test_sparse_gradients():
+    """Of a matrix, without a bias: torch's products take them."""
+    x, w = torch.randn(5, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    columns = torch.arange(5)[:, None]
+    backwards = [
+        lambda y: y.gather(1, columns, sparse_grad=True).sum().backward(),
+        lambda y: y.backward(torch.eye(5, 6).to_sparse()),
+    ]
+    for backward in backwards:
+        found = []
+        for linear in (F.linear, TF.linear):
+            x.grad = w.grad = None
+            backward(linear(x, w))
+            found.append((x.grad, w.grad))
+        torch.testing.assert_close(*found)
+
+
 @pytest.mark.usefixtures("cpu_kernels")
 def test_only_what_is_wanted():
     """N2, G6: every combination of frozen input, weight and bias: gradients, and what is kept for them."""

@@ -117,7 +117,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_aten(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
     std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
   check_linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
-  const auto rows = grad_out.reshape_symint({-1, grad_out.sym_size(-1)});
+  // A sparse gradient, which has no other shape than a matrix's here, cannot be reshaped.
+  const auto rows = grad_out.dim() == 2 ? grad_out : grad_out.reshape_symint({-1, grad_out.sym_size(-1)});
   const auto type = dtype.value_or(grad_out.scalar_type());
   Tensor grad_input, grad_weight, grad_bias;
   if (output_mask[0]) grad_input = grad_out.matmul(*weight).to(input_dtype.value_or(grad_out.scalar_type()));
