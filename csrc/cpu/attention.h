@@ -77,7 +77,7 @@ NNFAST_INLINE void mask_row(const M* mask, int64_t stride, int64_t n, float* row
     mask = gathered;
   }
   if constexpr (std::is_same_v<M, bool>)
-    for (int64_t j = 0; j < n; j += kLanes) {  // no branch, for some masks are random
+    for (int64_t j = 0; j < n; j += kLanes) {  // whole registers, and no branch, for some masks are random
       const f32v no = load(mask + j, Full<f32v>{}) - f32v(0.5f);
       store(row + j, blend_negative(no, f32v(-INFINITY), f32v(0.0f)), Full<f32v>{});
     }

@@ -341,8 +341,9 @@ PyObject* py_total_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const auto& all = tensors.tensors();
   const auto is_empty = [](const Tensor& t) { return t.numel() == 0; };  // the largest of nothing is torch's error
   if (largest && (!all[0].is_cpu() || std::any_of(all.begin(), all.end(), is_empty))) Py_RETURN_NONE;
+  const auto dtype = norm_dtype(all);  // before other threads may let go of the tensors
   const Tensor exact = run(tensors, [&](const auto& t) { return total_norm(t, norm_type); });
-  return py::make_tuple(exact.to(norm_dtype(all)), exact).release().ptr();
+  return py::make_tuple(exact.to(dtype), exact).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
