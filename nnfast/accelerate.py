@@ -188,9 +188,17 @@ def _class_for(kind: type) -> type | None:
     return _OURS.get(kind) or _LIBRARY_GELUS.get(name)
 
 
+def _is_patched(kind: type) -> bool:
+    """Whether somebody gave the class another forward than that of the file that defines it."""
+    code = getattr(kind.forward, "__code__", None)
+    return code is None or code.co_filename != getattr(sys.modules.get(kind.__module__), "__file__", None)
+
+
 def _find(module: torch.nn.Module) -> type | None:
     """The class that ``module`` can be given, or None."""
     ours = None if "forward" in module.__dict__ else _class_for(type(module))
+    if ours is not None and _is_patched(type(module)):
+        return None
     if ours is not None and issubclass(ours, _LibraryGELU) and not _is_gelu(module, ours.approximate):
         return None
     return ours
@@ -245,7 +253,7 @@ def _left(module: torch.nn.Module) -> Iterator[str]:
         if _find(module):
             yield f"{kind.__name__}: nnfast.accelerate(model) takes it"
         elif _class_for(kind):
-            yield "its forward was replaced on the instance"
+            yield f"its forward was replaced {'on the instance' if 'forward' in module.__dict__ else 'in its class'}"
         return
     library = _transformers()
     if _find(module) or (library and library.takes(module)):

@@ -1,6 +1,7 @@
 """accelerate, restore, report. G3 .. G7 are the rows of the contract (tests/README.md)."""
 
 import copy
+import functools
 import gc
 import pickle
 import re
@@ -819,3 +820,17 @@ def test_encoder(cpu_kernels):
     with served("linear_backward.sums_found"):
         assert_same(model, plain, x)
     assert len(nnfast.report(model).served) == 2 * 6 + 1
+
+
+def test_a_class_that_somebody_patched():
+    """The forward that a user gave torch's class is the one that runs."""
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+    forward = torch.nn.Linear.forward
+    torch.nn.Linear.forward = functools.wraps(forward)(lambda self, input: 2 * forward(self, input))
+    try:
+        nnfast.accelerate(model)
+        assert [type(m) for m in model] == [torch.nn.Linear, nn.GELU]
+        assert nnfast.report(model).left == [("0", "its forward was replaced in its class")]
+    finally:
+        torch.nn.Linear.forward = forward
+    assert type(nnfast.accelerate(model)[0]) is nn.Linear

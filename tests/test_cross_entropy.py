@@ -1,5 +1,6 @@
 """Cross-entropy: values, gradients, layouts, dtypes, memory. C1 and C2 are rows of the contract (tests/README.md)."""
 
+import contextlib
 import functools
 import gc
 import itertools
@@ -621,3 +622,33 @@ def test_linear_module():
             theirs = torch.nn.LinearCrossEntropyLoss(4, 6, **keywords)
             assert repr(ours) == repr(theirs) and isinstance(ours, torch.nn.LinearCrossEntropyLoss)
             ours.load_state_dict(theirs.state_dict(), strict=True)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [3, 40, 5000])
+def test_logits_changed_behind_autograds_back(dtype, classes):
+    """torch saves a copy, and gives the gradient of the logits as they were. We keep none, and say so; but not of an
+    ignored row, whose gradient is zero, nor of a copy of less precision that a hook of saved tensors makes."""
+    target = torch.randint(classes, (64,))
+    target[5] = -100
+
+    def backward(change, hooks=None):
+        x = torch.randn(64, classes, dtype=dtype, requires_grad=True)
+        with hooks or contextlib.nullcontext():
+            loss = F.cross_entropy(logits := x * 2, target)
+        change(logits)
+        loss.backward()
+        return x.grad
+
+    for change in (lambda y: y.data.exp_(), lambda y: y.data[7].sub_(1), lambda y: y.data[63, 1].fill_(9)):
+        with served("cross_entropy"), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            backward(change)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        backward(lambda y: y.data[7, 1].fill_(float("nan")))
+    assert (backward(lambda y: y.data[5].add_(3))[5] == 0).all()
+    rough = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: t.to(torch.float8_e5m2) if t.is_floating_point() and t.shape == (64, classes) else t,
+        lambda t: t.to(dtype) if t.dtype is torch.float8_e5m2 else t,
+    )
+    assert backward(lambda y: None, rough).isfinite().all()

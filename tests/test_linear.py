@@ -1,5 +1,6 @@
 """Linear. N1 and N2 are the rows of the contract (tests/README.md)."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -532,3 +533,42 @@ def test_gradients_of_leaves_come_in_torchs_order(shape):
         model(torch.randn(shape)).sum().backward()
         orders.append(order)
     assert orders[0] == orders[1] and len(orders[0]) == 6
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+@pytest.mark.parametrize("function", ["linear", "linear_gelu"])
+def test_data_that_is_replaced_before_the_backward(function, autocast, shape):
+    """The gradients are those of the data that the forward read, as torch's are. It saves views: of the weight,
+    and of an input that is no matrix."""
+    for replaced in ("weight", "input"):
+        if replaced == "input" and len(shape) == 2:
+            continue  # torch saves a matrix itself
+        results = []
+        for ours in (True, False):
+            torch.manual_seed(0)
+            dtype = autocast or torch.float32
+            input, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, (5, 6), (5,)))
+            with served(function) if ours else contextlib.nullcontext(), torch.autocast("cpu", enabled=bool(autocast)):
+                if function == "linear":
+                    output = (F if ours else TF).linear(input, weight, bias)
+                else:
+                    output = F.linear_gelu(input, weight, bias) if ours else TF.gelu(TF.linear(input, weight, bias))
+            changed = {"weight": weight, "input": input}[replaced]
+            changed.data = torch.zeros_like(changed)
+            results.append(torch.autograd.grad(output.sum(), (input, weight, bias)))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_module_that_is_converted_before_the_backward():
+    results = []
+    for lib in (nn, torch.nn):
+        torch.manual_seed(0)
+        layer, x = lib.Linear(4, 4), torch.ones(2, 4, requires_grad=True)
+        output = layer(x)
+        layer.double()
+        output.sum().backward()
+        results.append(x.grad)
+    torch.testing.assert_close(*results)

@@ -758,3 +758,17 @@ def test_models_in_which_a_linear_reads_a_gelu(cpu_kernels):
     dropping(torch.randn(3, 5, 16).bfloat16()).sum().backward()
     sequential(nn)(torch.randn(3, 16)).sum().backward()  # a product in float32 does not work it out
     assert count() == before
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_what_a_hook_packs_in_half(approximate):
+    """A hook of saved tensors may give the backward another dtype: torch's op takes it."""
+    x = torch.randn(40, requires_grad=True)
+    grads = []
+    for function in (F.gelu, TF.gelu):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t):
+            y = function(x, approximate=approximate)
+        grads += torch.autograd.grad(y.sum(), x)
+    assert grads[0].dtype == grads[1].dtype
+    torch.testing.assert_close(*grads)

@@ -108,7 +108,7 @@ Threshold streamed_row("cross_entropy.streamed_row_bytes", 2048);
 // The gradient is written to grad_input, rows of it one after another.
 void cross_entropy_grad(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Logits& x, int64_t reduction,
-    int64_t ignore_index, double label_smoothing, const Tensor& grad_input) {
+    int64_t ignore_index, double label_smoothing, const Tensor& grad_input, bool check_input = false) {
   const int64_t rows = x.target.numel();
   const bool each = reduction == at::Reduction::None;
   const Tensor grad = grad_out.to(x.acc).contiguous();
@@ -120,6 +120,7 @@ void cross_entropy_grad(
   if (x.weight.defined() && label_smoothing != 0)
     all_weights = x.acc == at::kDouble ? sum<double>(x.weight) : sum<float>(x.weight);
   const bool in_place = grad_input.const_data_ptr() == x.rows.tensor.const_data_ptr();
+  bool changed = false;
   const CrossEntropyBackward b{
       .dtype = cpu_dtype(input),
       .size = x.size,
@@ -137,29 +138,35 @@ void cross_entropy_grad(
       .grad = grad.const_data_ptr(),
       .grad_input = grad_input.mutable_data_ptr(),
       .stream = !in_place && x.size * grad_input.element_size() >= streamed_row &&
-                may_stream(grad_input.nbytes() + input.nbytes())};
+                may_stream(grad_input.nbytes() + input.nbytes()),
+      .changed = &changed};
   at::parallel_for(0, rows, row_grain(x.size), [&](int64_t begin, int64_t end) {
     cpu_kernels()->cross_entropy_backward(b, begin, end);
   });
+  TORCH_CHECK(
+      !changed || !check_input,
+      "one of the variables needed for gradient computation has been modified by an inplace operation: the logits of a "
+      "cross_entropy were changed before its backward in a way that autograd does not count, by .data or .numpy(). "
+      "Change a copy of them (.clone()), or call backward() first.");
 }
 
 Tensor cross_entropy_backward_cpu(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
-    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool check_input) {
   const Logits x(input, target, weight, reduction, ignore_index, label_smoothing, grad_out.scalar_type());
   backward.taken();
   Tensor grad_input = empty(x.rows.tensor.sizes(), input.scalar_type());
-  cross_entropy_grad(grad_out, input, stats, x, reduction, ignore_index, label_smoothing, grad_input);
+  cross_entropy_grad(grad_out, input, stats, x, reduction, ignore_index, label_smoothing, grad_input, check_input);
   return input.dim() > 2 ? grad_input.movedim(-1, 1) : grad_input;
 }
 
 void cross_entropy_backward_cpu_(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
-    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool check_input) {
   TORCH_CHECK(input.is_contiguous() && input.dim() <= 2);
   const Logits x(input, target, weight, reduction, ignore_index, label_smoothing, grad_out.scalar_type());
   overwritten.taken();
-  cross_entropy_grad(grad_out, input, stats, x, reduction, ignore_index, label_smoothing, input);
+  cross_entropy_grad(grad_out, input, stats, x, reduction, ignore_index, label_smoothing, input, check_input);
 }
 
 // The logits of a block of rows take so many bytes: few enough to be little beside the weight and its gradient, enough

@@ -79,6 +79,7 @@ struct CrossEntropyBackward {
   const void *weight, *max, *sum, *grad;  // weight may be null
   void* grad_input;                       // contiguous rows, or where the input is
   bool stream;
+  bool* changed;  // becomes true where the exponentials of a row no longer add up to its sum; any thread writes it
 };
 
 // One tensor of an optimizer's step; Scalars are the numbers of its formula (csrc/math), formed in double.

@@ -33,11 +33,7 @@ static bool has_dual_level() {
   return !level || !PyLong_Check(level) || PyLong_AsLong(level) >= 0;
 }
 
-bool ordinary_thread() {
-  // What a thread includes beyond the defaults is a transform, a mode or a tracer.
-  const auto included = c10::impl::tls_local_dispatch_key_set().included_;
-  return within(included, c10::default_included_set) && !at::impl::torch_function_mode_enabled() && !has_dual_level();
-}
+bool ordinary_thread() { return plain_thread() && !at::impl::torch_function_mode_enabled() && !has_dual_level(); }
 
 namespace {
 
@@ -247,9 +243,9 @@ PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t c
   END_HANDLE_TH_ERRORS
 }
 
-// From so many elements on a call takes some milliseconds, and other Python threads may run meanwhile. References then
+// From so many elements on a call takes a millisecond, and other Python threads may run meanwhile. References then
 // hold the tensors, which those threads could let go of: `hold` makes them.
-Threshold release_gil("release_gil_elements", int64_t(1) << 24);
+Threshold release_gil("release_gil_elements", int64_t(1) << 20);
 Path gil_released("without_gil");
 template <class Hold, class Call>
 auto run(int64_t elements, Hold hold, Call call) {

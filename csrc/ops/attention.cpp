@@ -1,6 +1,7 @@
 // The contract of scaled dot product attention: schema, which calls are covered, shapes, autograd, autocast.
 #include <ATen/Context.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/OpMathType.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -130,6 +131,39 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_meta(
   return {like(output_mask[0], query), like(output_mask[1], key), like(output_mask[2], value)};
 }
 
+// ---- in ATen ----
+
+// Differentiable to any order: the formula, of queries, keys and values alone, of 16 bits in float.
+std::tuple<Tensor, Tensor, Tensor> attention_backward_aten(
+    const Tensor& of_output, const Tensor& queries, const Tensor& keys, const Tensor& values,
+    const OptTensor& attn_mask, const Tensor&, const Tensor&, bool is_causal, std::optional<double> scale,
+    std::array<bool, 3> output_mask) {
+  const auto dtype = queries.scalar_type(), wide = at::toOpMathType(dtype);
+  const Tensor grad_out = of_output.to(wide), query = queries.to(wide), key = keys.to(wide), value = values.to(wide);
+  const int64_t group = query.size(1) / key.size(1);
+  const double factor = scale.value_or(1 / std::sqrt((double)query.size(3)));
+  const auto grouped = [&](const Tensor& t) { return group == 1 ? t : t.repeat_interleave(group, 1); };
+  const auto summed = [&](const Tensor& t) { return group == 1 ? t : t.unflatten(1, {-1, group}).sum(2); };
+  const Tensor k = grouped(key), v = grouped(value);
+  Tensor scores = query.matmul(k.transpose(-2, -1)) * factor;
+  Tensor hidden;
+  if (is_causal) hidden = at::ones({query.size(2), key.size(2)}, query.options().dtype(at::kBool)).tril().logical_not();
+  if (defined(attn_mask)) {
+    if (attn_mask->scalar_type() != at::kBool) scores = scores + attn_mask->to(scores.scalar_type());
+    hidden = attn_mask->scalar_type() == at::kBool ? attn_mask->logical_not() : scores.detach().isneginf();
+  }
+  // A query that sees no key has no probabilities, where softmax would have NaN.
+  if (hidden.defined()) scores = scores.masked_fill(hidden.logical_and(hidden.all(-1, true).logical_not()), -INFINITY);
+  Tensor p = scores.softmax(-1);
+  if (hidden.defined()) p = p.masked_fill(hidden.all(-1, true), 0);
+  const Tensor grad_p = grad_out.matmul(v.transpose(-2, -1));
+  const Tensor grad_scores = p * (grad_p - (grad_p * p).sum(-1, true)) * factor;
+  return {
+      output_mask[0] ? grad_scores.matmul(k).to(dtype) : Tensor(),
+      output_mask[1] ? summed(grad_scores.transpose(-2, -1).matmul(query)).to(dtype) : Tensor(),
+      output_mask[2] ? summed(p.transpose(-2, -1).matmul(grad_out)).to(dtype) : Tensor()};
+}
+
 // ---- autograd ----
 
 struct ScaledDotProductAttention {
@@ -138,10 +172,11 @@ struct ScaledDotProductAttention {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const NotRecorded guard(grads[0]);
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
     const auto& mask = saved[3];
-    auto [grad_query, grad_key, grad_value] = scaled_dot_product_attention_backward(
+    const BackwardWay way(grads[0], saved[0]);
+    const auto backward = way.choose(scaled_dot_product_attention_backward, attention_backward_aten);
+    auto [grad_query, grad_key, grad_value] = backward(
         grads[0], saved[0], saved[1], saved[2], mask.defined() ? OptTensor(mask) : std::nullopt, saved[4], saved[5],
         ctx->saved_data["is_causal"].toBool(), ctx->saved_data["scale"].toOptional<double>(),
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
@@ -179,38 +214,16 @@ std::tuple<Tensor, Tensor> attention_autograd(
   return out;
 }
 
-// The gradient of the gradient is that of the formula written in ATen's ops.
 std::tuple<Tensor, Tensor, Tensor> attention_backward_autograd(
     const Tensor& grad_out, const Tensor& query, const Tensor& key, const Tensor& value, const OptTensor& attn_mask,
     const Tensor& output, const Tensor& stats, bool is_causal, std::optional<double> scale,
     std::array<bool, 3> output_mask) {
-  if (!any_needs_grad(grad_out, query, key, value) && !has_tangent(grad_out)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return scaled_dot_product_attention_backward(
+  if (any_needs_grad(grad_out, query, key, value) || has_tangent(grad_out))
+    return attention_backward_aten(
         grad_out, query, key, value, attn_mask, output, stats, is_causal, scale, output_mask);
-  }
-  const int64_t group = query.size(1) / key.size(1);
-  const double factor = scale.value_or(1 / std::sqrt((double)query.size(3)));
-  const auto grouped = [&](const Tensor& t) { return group == 1 ? t : t.repeat_interleave(group, 1); };
-  const auto summed = [&](const Tensor& t) { return group == 1 ? t : t.unflatten(1, {-1, group}).sum(2); };
-  const Tensor k = grouped(key), v = grouped(value);
-  Tensor scores = query.matmul(k.transpose(-2, -1)) * factor;
-  Tensor hidden;
-  if (is_causal) hidden = at::ones({query.size(2), key.size(2)}, query.options().dtype(at::kBool)).tril().logical_not();
-  if (defined(attn_mask)) {
-    if (attn_mask->scalar_type() != at::kBool) scores = scores + attn_mask->to(scores.scalar_type());
-    hidden = attn_mask->scalar_type() == at::kBool ? attn_mask->logical_not() : scores.detach().isneginf();
-  }
-  // A query that sees no key has no probabilities, where softmax would have NaN.
-  if (hidden.defined()) scores = scores.masked_fill(hidden.logical_and(hidden.all(-1, true).logical_not()), -INFINITY);
-  Tensor p = scores.softmax(-1);
-  if (hidden.defined()) p = p.masked_fill(hidden.all(-1, true), 0);
-  const Tensor grad_p = grad_out.matmul(v.transpose(-2, -1));
-  const Tensor grad_scores = p * (grad_p - (grad_p * p).sum(-1, true)) * factor;
-  return {
-      output_mask[0] ? grad_scores.matmul(k) : Tensor(),
-      output_mask[1] ? summed(grad_scores.transpose(-2, -1).matmul(query)) : Tensor(),
-      output_mask[2] ? summed(p.transpose(-2, -1).matmul(grad_out)) : Tensor()};
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return scaled_dot_product_attention_backward(
+      grad_out, query, key, value, attn_mask, output, stats, is_causal, scale, output_mask);
 }
 
 // ---- autocast: the lower precision, as torch lists it ----

@@ -23,13 +23,14 @@ TORCH_LIBRARY_FRAGMENT(nnfast, m) {
   m.def(
       "cross_entropy(Tensor input, Tensor target, Tensor? weight=None, int reduction=1, int ignore_index=-100,"
       " float label_smoothing=0.0, *, ScalarType? dtype=None) -> (Tensor output, Tensor stats)");
+  // check_input: raise where the input is seen to be another than that of the stats.
   m.def(
       "cross_entropy_backward(Tensor grad_out, Tensor input, Tensor stats, Tensor target, Tensor? weight,"
-      " int reduction, int ignore_index, float label_smoothing) -> Tensor");
+      " int reduction, int ignore_index, float label_smoothing, *, bool check_input=False) -> Tensor");
   // The same, and the input is overwritten by its gradient: no memory is taken for it.
   m.def(
       "cross_entropy_backward_(Tensor grad_out, Tensor(a!) input, Tensor stats, Tensor target, Tensor? weight,"
-      " int reduction, int ignore_index, float label_smoothing) -> ()");
+      " int reduction, int ignore_index, float label_smoothing, *, bool check_input=False) -> ()");
   // The cross-entropy of input linear_weight^T + linear_bias, of which a block of rows exists at a time. Where
   // output_mask asks for them, also the gradients of a loss that is reduced, for a grad_out of 1.
   m.def(
@@ -52,16 +53,16 @@ std::tuple<Tensor, Tensor> cross_entropy(
 
 Tensor cross_entropy_backward(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
-    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool check_input) {
   static const auto op = find_op<decltype(cross_entropy_backward)>("cross_entropy_backward");
-  return op.call(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
+  return op.call(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing, check_input);
 }
 
 void cross_entropy_backward_(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
-    int64_t reduction, int64_t ignore_index, double label_smoothing) {
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool check_input) {
   static const auto op = find_op<decltype(cross_entropy_backward_)>("cross_entropy_backward_");
-  op.call(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
+  op.call(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing, check_input);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
@@ -182,14 +183,15 @@ std::tuple<Tensor, Tensor> cross_entropy_meta(
 }
 
 Tensor cross_entropy_backward_meta(
-    const Tensor&, const Tensor& input, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double) {
+    const Tensor&, const Tensor& input, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double,
+    bool) {
   c10::SymDimVector sizes(input.sym_sizes());
   std::rotate(sizes.begin() + class_dim(input), sizes.begin() + class_dim(input) + 1, sizes.end());
   return at::empty_symint(sizes, input.options()).movedim(-1, class_dim(input));
 }
 
 void cross_entropy_backward_meta_(
-    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double) {}
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double, bool) {}
 
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_meta(
     const Tensor&, const Tensor& input, const Tensor& linear_weight, const Tensor&, const OptTensor&, const OptTensor&,
@@ -211,6 +213,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_meta(
   return std::tuple_cat(
       std::make_tuple(output),
       linear_cross_entropy_backward_meta(output, input, linear_weight, target, {}, {}, reduction, 0, 0, output_mask));
+}
+
+// ---- in ATen, and so differentiable ----
+
+// g (softmax sum_c q_c - q), q_c = ((1 - e) [c = y] + e / C) w_c, over the total weight where it is a mean.
+Tensor cross_entropy_backward_aten(
+    const Tensor& grad_out, const Tensor& input, const Tensor&, const Tensor& target, const OptTensor& weight,
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool) {
+  const Tensor x = input.movedim(class_dim(input), -1).to(grad_out.scalar_type());
+  const auto classes = x.sym_size(-1);
+  const Tensor valid = target.ne(ignore_index), y = target.masked_fill(valid.logical_not(), 0).unsqueeze(-1);
+  const Tensor w = (defined(weight) ? *weight : at::ones_symint({classes}, x.options())).to(x.scalar_type());
+  const Tensor is_y = at::arange(classes, y.options()).eq(y);
+  Tensor q = (is_y * (1 - label_smoothing) + label_smoothing / (double)classes.guard_int(__FILE__, __LINE__)) * w;
+  q = q * valid.unsqueeze(-1);
+  if (reduction == at::Reduction::Mean) q = q / (is_y * w * valid.unsqueeze(-1)).sum();
+  const Tensor g = reduction == at::Reduction::None ? grad_out.unsqueeze(-1) : grad_out;
+  return ((x.softmax(-1) * q.sum(-1, true) - q) * g).to(input.scalar_type()).movedim(-1, class_dim(input));
+}
+
+// Computes the logits once more.
+std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_aten(
+    const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
+    const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
+    double label_smoothing, std::array<bool, 3> output_mask) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const Tensor logits = at::linear(input, linear_weight, linear_bias);
+  const Tensor d = cross_entropy_backward_aten(
+      grad_out, logits, Tensor(), target, weight, reduction, ignore_index, label_smoothing, false);
+  return {
+      output_mask[0] ? d.matmul(linear_weight) : Tensor(), output_mask[1] ? d.t().matmul(input) : Tensor(),
+      output_mask[2] ? d.sum(0) : Tensor()};
 }
 
 // ---- autograd ----
@@ -248,20 +282,29 @@ struct CrossEntropy {
   static constexpr auto name = "CrossEntropyBackward";
   static constexpr bool is_traceable = false;
 
+  // torch keeps the logarithms of the probabilities, and whoever holds the logits may change them. We keep the logits,
+  // and see in most cases that they were changed. What a hook of saved tensors gives instead lies elsewhere and may be
+  // less exact: nothing is compared then.
+  struct Node : OpNode<CrossEntropy> {
+    const void* logits = nullptr;
+  };
+
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     auto* const last = last_backward<CrossEntropy>(ctx);
     const auto saved = ctx->get_saved_variables();
-    const NotRecorded guard(grads[0]);
     if (!grads[0].defined()) return {Tensor()};
+    const BackwardWay way(grads[0], saved[0]);
     const auto [reduction, ignore_index, label_smoothing] = Options::of(*ctx);
     // What is being traced, or batched, has readers that are not known yet. A storage that cannot be resized is memory
     // that somebody else brought, such as numpy.
-    const bool may_overwrite = last && !guard.recorded() && ordinary(saved[0]) && ordinary(grads[0]) &&
-                               saved[0].is_contiguous() && saved[0].storage().resizable() && saved[0].dim() <= 2;
+    const bool may_overwrite = last && way.unseen() && ordinary(saved[0]) && saved[0].is_contiguous() &&
+                               saved[0].storage().resizable() && saved[0].dim() <= 2;
+    const auto* const node = running_node<Node>();
+    const bool check_input = node && ordinary(saved[0]) && node->logits == saved[0].const_data_ptr();
     const auto call = [&](const auto& f) {
-      return f(grads[0], saved[0], saved[1], saved[2], saved[3], reduction, ignore_index, label_smoothing);
+      return f(grads[0], saved[0], saved[1], saved[2], saved[3], reduction, ignore_index, label_smoothing, check_input);
     };
-    if (!may_overwrite) return {call(cross_entropy_backward)};
+    if (!may_overwrite) return {call(way.choose(cross_entropy_backward, cross_entropy_backward_aten))};
     // The logits make room for their gradient where nobody else can see them. If memory runs out before anything was
     // written, the node gets back what it had saved.
     let_go(*last);
@@ -284,32 +327,23 @@ std::tuple<Tensor, Tensor> cross_entropy_autograd(
     return cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, dtype);
   };
   if (!any_needs_grad(input)) return forward();
-  const auto node = make_node<CrossEntropy>(input);
+  const auto node = make_node<CrossEntropy, CrossEntropy::Node>(input);
   auto out = forward();
+  if (ordinary(input)) node->logits = input.const_data_ptr();
   Options{reduction, ignore_index, label_smoothing}.keep(node->ctx_);
   record(node, std::get<0>(out), {input, std::get<1>(out), target, weight.value_or(Tensor())});
   return out;
 }
 
-// In ATen, and so differentiable: g (softmax sum_c q_c - q), q_c = ((1 - e) [c = y] + e / C) w_c, over the total weight
-// where it is a mean.
 Tensor cross_entropy_backward_autograd(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
-    int64_t reduction, int64_t ignore_index, double label_smoothing) {
-  if (!any_needs_grad(grad_out, input) && !has_tangent(grad_out)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return cross_entropy_backward(grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing);
-  }
-  const Tensor x = input.movedim(class_dim(input), -1).to(grad_out.scalar_type());
-  const auto classes = x.sym_size(-1);
-  const Tensor valid = target.ne(ignore_index), y = target.masked_fill(valid.logical_not(), 0).unsqueeze(-1);
-  const Tensor w = (defined(weight) ? *weight : at::ones_symint({classes}, x.options())).to(x.scalar_type());
-  const Tensor is_y = at::arange(classes, y.options()).eq(y);
-  Tensor q = (is_y * (1 - label_smoothing) + label_smoothing / (double)classes.guard_int(__FILE__, __LINE__)) * w;
-  q = q * valid.unsqueeze(-1);
-  if (reduction == at::Reduction::Mean) q = q / (is_y * w * valid.unsqueeze(-1)).sum();
-  const Tensor g = reduction == at::Reduction::None ? grad_out.unsqueeze(-1) : grad_out;
-  return ((x.softmax(-1) * q.sum(-1, true) - q) * g).to(input.scalar_type()).movedim(-1, class_dim(input));
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool check_input) {
+  if (any_needs_grad(grad_out, input) || has_tangent(grad_out))
+    return cross_entropy_backward_aten(
+        grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing, check_input);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return cross_entropy_backward(
+      grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing, check_input);
 }
 
 struct LinearCrossEntropy {
@@ -320,13 +354,14 @@ struct LinearCrossEntropy {
     auto* const last = last_backward<LinearCrossEntropy>(ctx);
     auto saved = ctx->get_saved_variables();
     const Tensor& grad_out = grads[0];
-    const NotRecorded guard(grad_out);
     if (!grad_out.defined()) return variable_list(3);
+    const BackwardWay way(grad_out, saved[0]);
     const auto [reduction, ignore_index, label_smoothing] = Options::of(*ctx);
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
     const bool there = saved[5].defined() || saved[6].defined() || saved[7].defined();
-    if (guard.recorded() || !there) {
-      auto [grad_input, grad_weight, grad_bias] = linear_cross_entropy_backward(
+    if (way.recorded() || !there) {
+      const auto backward = way.choose(linear_cross_entropy_backward, linear_cross_entropy_backward_aten);
+      auto [grad_input, grad_weight, grad_bias] = backward(
           grad_out, saved[0], saved[1], saved[2], saved[3], saved[4], reduction, ignore_index, label_smoothing, mask);
       return {grad_input, grad_weight, grad_bias};
     }
@@ -335,7 +370,7 @@ struct LinearCrossEntropy {
     variable_list out(saved.begin() + 5, saved.end());
     const Tensor factor = grad_out.to(saved[0].scalar_type());  // so that nothing is allocated when it is used below
     const auto scaled = [&](const Tensor& grad) { return grad.defined() ? grad * factor : grad; };
-    if (!last || !ordinary(grad_out)) {
+    if (!last || !way.unseen()) {
       for (Tensor& grad : out) grad = scaled(grad);
       return out;
     }
@@ -389,24 +424,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autograd(
   return {output, Tensor(), Tensor(), Tensor()};
 }
 
-// Computes the logits once more in ATen, and so is differentiable.
 std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_autograd(
     const Tensor& grad_out, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptTensor& linear_bias, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::array<bool, 3> output_mask) {
-  if (!any_needs_grad(grad_out, input, linear_weight, linear_bias) && !has_tangent(grad_out)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_cross_entropy_backward(
+  if (any_needs_grad(grad_out, input, linear_weight, linear_bias) || has_tangent(grad_out))
+    return linear_cross_entropy_backward_aten(
         grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
         output_mask);
-  }
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const Tensor logits = at::linear(input, linear_weight, linear_bias);
-  const Tensor d = cross_entropy_backward_autograd(
-      grad_out, logits, Tensor(), target, weight, reduction, ignore_index, label_smoothing);
-  return {
-      output_mask[0] ? d.matmul(linear_weight) : Tensor(), output_mask[1] ? d.t().matmul(input) : Tensor(),
-      output_mask[2] ? d.sum(0) : Tensor()};
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return linear_cross_entropy_backward(
+      grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
+      output_mask);
 }
 
 // ---- autocast: float, as torch lists cross_entropy_loss on a CPU; the copy in float is never made ----
@@ -436,7 +465,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autocast(
 
 // torch's fallback for these views looks for the changed tensor among what the op returns, which is nothing.
 void cross_entropy_backward_negative_(
-    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double) {
+    const Tensor&, const Tensor&, const Tensor&, const Tensor&, const OptTensor&, int64_t, int64_t, double, bool) {
   TORCH_CHECK_NOT_IMPLEMENTED(false, "nnfast::cross_entropy_backward_ takes no tensor with a negative bit");
 }
 

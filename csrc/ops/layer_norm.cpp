@@ -116,6 +116,25 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_meta(
       affine(bias, output_mask[2])};
 }
 
+// ---- in ATen ----
+
+// Differentiable to any order. ATen's takes the statistics one tensor each, of the input's rank, in the type of the
+// weight or of the input, and reads them as dense.
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_aten(
+    const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
+    const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
+  check_layer_norm_backward(grad_out, input, normalized_shape, stats);
+  const Tensor x = input.to(grad_out.scalar_type());
+  c10::SymDimVector shape(input.sym_sizes());
+  for (size_t i = shape.size() - normalized_shape.size(); i < shape.size(); ++i) shape[i] = 1;
+  const auto affine = (defined(weight) ? *weight : defined(bias) ? *bias : x).scalar_type();
+  const auto stat = [&](int64_t k) { return stats.select(0, k).to(affine).contiguous().view_symint(shape); };
+  auto grads =
+      at::native_layer_norm_backward_symint(grad_out, x, normalized_shape, stat(0), stat(1), weight, bias, output_mask);
+  if (output_mask[0]) std::get<0>(grads) = std::get<0>(grads).to(input.scalar_type());
+  return grads;
+}
+
 // ---- autograd ----
 
 // normalized_shape is that of weight or bias and, without either, told by how many rows the statistics have.
@@ -135,10 +154,10 @@ struct LayerNorm {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    const NotRecorded guard(grads[0]);
     const auto &input = saved[0], &stats = saved[1], &weight = saved[2], &bias = saved[3];
     if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
-    auto [grad_input, grad_weight, grad_bias] = layer_norm_backward(
+    const BackwardWay way(grads[0], input);
+    auto [grad_input, grad_weight, grad_bias] = way.choose(layer_norm_backward, layer_norm_backward_aten)(
         grads[0], input, normalized_shape_of(input, stats, weight, bias), stats, weight, bias,
         {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)});
     return {grad_input, grad_weight, grad_bias};
@@ -163,25 +182,14 @@ std::tuple<Tensor, Tensor> layer_norm_autograd(
   return out;
 }
 
-// The gradient of the gradient is ATen's: its backward is differentiable to any order. It takes the statistics one
-// tensor each, of the input's rank, in the type of the weight or of the input, and reads them as dense.
+// The gradient of the gradient is ATen's.
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
     const Tensor& grad_out, const Tensor& input, c10::SymIntArrayRef normalized_shape, const Tensor& stats,
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
-  if (!any_needs_grad(grad_out, input, weight) && !has_tangent(grad_out)) {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_norm_backward(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
-  }
-  check_layer_norm_backward(grad_out, input, normalized_shape, stats);
-  const Tensor x = input.to(grad_out.scalar_type());
-  c10::SymDimVector shape(input.sym_sizes());
-  for (size_t i = shape.size() - normalized_shape.size(); i < shape.size(); ++i) shape[i] = 1;
-  const auto affine = (defined(weight) ? *weight : defined(bias) ? *bias : x).scalar_type();
-  const auto stat = [&](int64_t k) { return stats.select(0, k).to(affine).contiguous().view_symint(shape); };
-  auto grads =
-      at::native_layer_norm_backward_symint(grad_out, x, normalized_shape, stat(0), stat(1), weight, bias, output_mask);
-  if (output_mask[0]) std::get<0>(grads) = std::get<0>(grads).to(input.scalar_type());
-  return grads;
+  if (any_needs_grad(grad_out, input, weight) || has_tangent(grad_out))
+    return layer_norm_backward_aten(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return layer_norm_backward(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
 }
 
 // ---- autocast: float32 on CUDA, as torch lists layer_norm there; not listed on a CPU ----

@@ -214,10 +214,11 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
   auto saved = any ? ctx->get_saved_variables() : variable_list(2);
   TORCH_CHECK(saved.size() == 2, torch::autograd::ERR_BACKWARD_TWICE);
   if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
-  auto* const node = at::GradMode::is_enabled() || has_tangent(grads[0]) ? nullptr : running_node<LinearNode>();
+  const Tensor& kept = saved[0].defined() ? saved[0] : saved[1];
+  auto* const node = BackwardWay(grads[0], kept).unseen() ? running_node<LinearNode>() : nullptr;
   auto* const gelu = node && mask[0] ? gelu_before(*node, grads[0]) : nullptr;
   const Tensor pre = gelu ? gelu->input() : Tensor();
-  const NotRecorded guard(grads[0]);
+  const BackwardWay way(grads[0], kept);
   Tensor sums, before;
   if (node && mask[2]) sums = node->sums.take(*node, grads[0]).value_or(Tensor());
   if (sums.defined()) {
@@ -226,8 +227,8 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
   }
   if (gelu) mask[0] = false;
   const auto asked = [&](size_t i) { return mask[i] ? wider_asked(node, edges[i], grads[0]) : std::nullopt; };
-  auto [grad_input, grad_weight, grad_bias] =
-      nnfast::linear_backward(grads[0], saved[0], saved[1], mask, asked(mask[1] ? 1 : 2), asked(0));
+  auto [grad_input, grad_weight, grad_bias] = way.choose(nnfast::linear_backward, linear_backward_aten)(
+      grads[0], saved[0], saved[1], mask, asked(mask[1] ? 1 : 2), asked(0));
   if (gelu) {
     // The GELU's output goes first, so that no more is held than torch's own two backwards hold. There is then no
     // second try, as there is none of torch's Linear where its GELU's backward fails.
@@ -248,8 +249,15 @@ void record_linear(
     const Tensor& cast_weight, bool works_ahead) {
   const auto node = make_node<Linear, LinearNode>(bias, input, weight);
   node->works_ahead = works_ahead;
+  // torch saves views: of the weight, and of an input that it makes a matrix of.
+  const auto viewed = [](const Tensor& t, bool is) {
+    return is && ordinary(t) && !t.is_inference() ? view_to_save(t) : t;
+  };
   // Each is kept for the other's gradient alone.
-  record(node, output, {needs_grad(weight) ? cast_input : Tensor(), needs_grad(input) ? cast_weight : Tensor()});
+  record(
+      node, output,
+      {needs_grad(weight) ? viewed(cast_input, cast_input.is_same(input) && input.dim() != 2) : Tensor(),
+       needs_grad(input) ? viewed(cast_weight, cast_weight.is_same(weight)) : Tensor()});
 }
 
 TORCH_LIBRARY_IMPL(nnfast, CompositeExplicitAutograd, m) {

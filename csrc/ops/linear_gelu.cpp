@@ -167,8 +167,11 @@ struct Gelu {
     const Tensor input = node ? node->take_input() : ctx->get_saved_variables()[0];
     if (!grads[0].defined()) return {Tensor()};
     const auto approximate = Tanh ? "tanh" : "none";
-    const NotRecorded guard(grads[0]);
-    if (!node || guard.recorded()) return {nnfast::gelu_backward(grads[0], input, approximate)};
+    // A hook of saved tensors may have made another dtype of it, which torch's op takes.
+    if (input.scalar_type() != grads[0].scalar_type()) return {at::gelu_backward(grads[0], input, approximate)};
+    const BackwardWay way(grads[0], input);
+    if (!node || !way.unseen())
+      return {way.choose(nnfast::gelu_backward, gelu_backward_aten)(grads[0], input, approximate)};
     auto* const linear = linear_before(*node);
     auto ahead = node->grads.take(*node, grads[0]);
     if (!ahead && !linear) return {nnfast::gelu_backward(grads[0], input, approximate)};

@@ -13,6 +13,11 @@ bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
   return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }
 
+bool plain_thread() {
+  // What a thread includes beyond the defaults is a transform, a mode or a tracer.
+  return within(c10::impl::tls_local_dispatch_key_set().included_, c10::default_included_set);
+}
+
 bool ordinary(const Tensor& t) {
   static const c10::DispatchKeySet plain = c10::DispatchKeySet({c10::DispatchKey::CPU, c10::DispatchKey::CUDA}) |
                                            c10::autocast_dispatch_keyset |

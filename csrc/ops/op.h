@@ -57,7 +57,9 @@ inline void check_covered(bool covered, const char* op) {
 // strided one (ordinary), and the op's own covers_...() knows the dtypes and shapes. All of it is read off the
 // inputs of this call, so that a forward and its recomputation under checkpointing decide alike.
 
-// No functorch transform, no dispatch or function mode, no tracing, no forward-mode AD.
+// No functorch transform, no dispatch mode, no tracing.
+bool plain_thread();
+// And no function mode, no forward-mode AD. Asks Python.
 bool ordinary_thread();
 
 // Whether `allowed` has all of `keys`.
@@ -149,10 +151,10 @@ std::tuple<Tensor, Tensor> cross_entropy(
     double label_smoothing, std::optional<at::ScalarType> dtype = std::nullopt);
 Tensor cross_entropy_backward(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
-    int64_t reduction, int64_t ignore_index, double label_smoothing);
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool check_input = false);
 void cross_entropy_backward_(
     const Tensor& grad_out, const Tensor& input, const Tensor& stats, const Tensor& target, const OptTensor& weight,
-    int64_t reduction, int64_t ignore_index, double label_smoothing);
+    int64_t reduction, int64_t ignore_index, double label_smoothing, bool check_input = false);
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptTensor& linear_bias,
     const OptTensor& weight, int64_t reduction, int64_t ignore_index, double label_smoothing,
