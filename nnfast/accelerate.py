@@ -246,6 +246,10 @@ def _served(module: torch.nn.Module) -> str:
     return ""
 
 
+def _replaced(module: torch.nn.Module) -> str:
+    return f"its forward was replaced {'on the instance' if 'forward' in module.__dict__ else 'in its class'}"
+
+
 def _left(module: torch.nn.Module) -> Iterator[str]:
     kind = type(module)
     name = f"{kind.__module__}.{kind.__qualname__}"
@@ -253,14 +257,14 @@ def _left(module: torch.nn.Module) -> Iterator[str]:
         if _find(module):
             yield f"{kind.__name__}: nnfast.accelerate(model) takes it"
         elif _class_for(kind):
-            yield f"its forward was replaced {'on the instance' if 'forward' in module.__dict__ else 'in its class'}"
+            yield _replaced(module)
         return
     library = _transformers()
     if _find(module) or (library and library.takes(module)):
         yield f"{kind.__name__}: nnfast.accelerate(model) takes it"
-    elif "forward" in module.__dict__:
+    elif "forward" in module.__dict__ or (_class_for(kind) and _is_patched(kind)):
         if isinstance(module, tuple(_OURS)) or _class_for(kind):
-            yield "its forward was replaced on the instance"
+            yield _replaced(module)
     elif isinstance(module, tuple(_OURS)):
         yield f"{name} is a class of its own"
     elif "gelu" in kind.__name__.lower():

@@ -8,12 +8,13 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import served, thresholds
+from common import assert_close, double, served, thresholds
 from test_any_input import arguments, assert_same
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import nnfast.nn as nn
 import nnfast.nn.functional as F
 
 pytestmark = pytest.mark.usefixtures("some_kernels")
@@ -50,6 +51,22 @@ def test_a_mode_sees_torchs_ops(name, create_graph):
             results.append([*torch.autograd.grad(output.sum(), leaves, create_graph=create_graph)])
         assert seen.ops == {"aten"}
     assert_same(*results, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_of_16_bits(dtype):
+    """In ATen's ops its backward is as exact as torch's, which is one op that computes in float."""
+    inputs = [torch.randn(2, 4, 33, 16).to(dtype).requires_grad_() for _ in range(3)]
+    grad = torch.randn(2, 4, 33, 16).to(dtype)
+    results = []
+    for function, given in ((F, inputs), (TF, inputs), (TF, [double(t) for t in inputs])):
+        with served("scaled_dot_product_attention") if function is F else contextlib.nullcontext():
+            output = function.scaled_dot_product_attention(*given, is_causal=True)
+        with Seen() as seen:
+            results.append(torch.autograd.grad(output, given, grad.to(output.dtype)))
+        assert seen.ops == {"aten"}
+    for name, *three in zip(("query", "key", "value"), *results, strict=True):
+        assert_close(*three, name)
 
 
 @pytest.mark.parametrize("name", ["linear", "linear_gelu"])
@@ -92,7 +109,7 @@ def test_a_trace(name):
         assert_same([*graph(grad)], [*back(grad)], name)
 
 
-class Scaled(torch.Tensor):
+class Wrapped(torch.Tensor):
     """A gradient that is no plain tensor."""
 
     @classmethod
@@ -113,14 +130,12 @@ def test_a_gradient_of_another_class(name):
     results = []
     for output, leaves in recorded(name):
         torch.manual_seed(1)
-        results.append([*torch.autograd.grad(output, leaves, Scaled(torch.randn_like(output)))])
+        results.append([*torch.autograd.grad(output, leaves, Wrapped(torch.randn_like(output)))])
     assert_same(*results, name)
 
 
 def test_layers_under_a_mode():
     """Layers one after another, which work ahead for each other where nobody looks on."""
-    import nnfast.nn as nn
-
     x = torch.randn(4, 32)
     target = torch.randint(16, (4,))
     results = []

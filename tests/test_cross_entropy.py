@@ -646,6 +646,14 @@ def test_logits_changed_behind_autograds_back(dtype, classes):
             backward(change)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         backward(lambda y: y.data[7, 1].fill_(float("nan")))
+    # The memory of these logits became that of the gradient: a second try must not take that for logits.
+    x = torch.zeros(64, classes, dtype=dtype, requires_grad=True)
+    loss = F.cross_entropy(logits := x * 2, target)
+    logits.data[7].sub_(1)
+    del logits
+    for _ in range(2):
+        with served("cross_entropy_backward_"), pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
     assert (backward(lambda y: y.data[5].add_(3))[5] == 0).all()
     rough = torch.autograd.graph.saved_tensors_hooks(
         lambda t: t.to(torch.float8_e5m2) if t.is_floating_point() and t.shape == (64, classes) else t,

@@ -143,8 +143,10 @@ void cross_entropy_grad(
   at::parallel_for(0, rows, row_grain(x.size), [&](int64_t begin, int64_t end) {
     cpu_kernels()->cross_entropy_backward(b, begin, end);
   });
+  if (!changed || !check_input) return;
+  if (in_place) grad_input.fill_(NAN);  // a second try would take the gradient for logits: it raises too
   TORCH_CHECK(
-      !changed || !check_input,
+      false,
       "one of the variables needed for gradient computation has been modified by an inplace operation: the logits of a "
       "cross_entropy were changed before its backward in a way that autograd does not count, by .data or .numpy(). "
       "Change a copy of them (.clone()), or call backward() first.");
