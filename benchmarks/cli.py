@@ -6,14 +6,23 @@ import torch
 
 from nnfast.__main__ import print_table
 
-from . import bench_adamw, bench_attention, bench_cross_entropy, bench_layer_norm, bench_linear_gelu, harness
+from . import (
+    bench_adamw,
+    bench_attention,
+    bench_cross_entropy,
+    bench_layer_norm,
+    bench_linear,
+    bench_linear_gelu,
+    harness,
+)
 
 OPS = {
     module.OP: module
-    for module in (bench_layer_norm, bench_linear_gelu, bench_cross_entropy, bench_adamw, bench_attention)
+    for module in (bench_layer_norm, bench_linear, bench_linear_gelu, bench_cross_entropy, bench_adamw, bench_attention)
 }
 EXAMPLES = """\
---shape is  layer_norm: rows,size   linear_gelu: tokens,in_features,out_features (or elements: GELU alone)
+--shape is  layer_norm: rows,size   linear: tokens,in_features,out_features
+            linear_gelu: the same, or elements: GELU alone
             cross_entropy: rows,classes   adamw: the shape of one parameter
             scaled_dot_product_attention: batch,heads,length,size
 for example --op layer_norm --shape 4096,768 --dtype bf16"""
@@ -40,6 +49,7 @@ def parse(argv: list[str]) -> tuple[harness.Case, bool]:
     options = parser.parse_args(argv)
     lengths = {
         "layer_norm": (2,),
+        "linear": (3,),
         "linear_gelu": (1, 3),
         "cross_entropy": (2,),
         "adamw": range(9),

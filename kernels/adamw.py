@@ -37,7 +37,7 @@ _kept: list[tuple] = []
 
 @triton.jit
 def adamw_moments(grad, exp_avg, exp_avg_sq, one_minus_beta1, beta2, one_minus_beta2):
-    return exp_avg + (grad - exp_avg) * one_minus_beta1, exp_avg_sq * beta2 + grad * grad * one_minus_beta2
+    return exp_avg + (grad - exp_avg) * one_minus_beta1, exp_avg_sq * beta2 + grad * one_minus_beta2 * grad
 
 
 @triton.jit

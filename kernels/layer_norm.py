@@ -81,7 +81,7 @@ def layer_norm_fwd_kernel(
     col = tl.arange(0, COLS)[None, :]
     inside = (row < rows) & (col < size)
     values = tl.load(x + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(values, 1, keep_dims=True) / size
+    mean = tl.sum(values * (1.0 / size), 1, keep_dims=True)  # the sum of the values alone may overflow
     # What lies beyond the row must not enter the variance.
     centred = tl.where(inside, values - mean, 0.0)
     residual, squares = tl.reduce((centred, centred * centred), 1, _add, keep_dims=True)
@@ -101,8 +101,8 @@ def layer_norm_fwd_long_kernel(x, weight, bias, y, stats, rows, size, x_stride, 
     total = tl.zeros((COLS,), tl.float32)
     for start in range(0, size, COLS):
         col = tl.cast(start, tl.int64) + tl.arange(0, COLS)
-        total += tl.load(x + col, mask=col < size, other=0.0).to(tl.float32)
-    mean = tl.sum(total, 0) / size
+        total += tl.load(x + col, mask=col < size, other=0.0).to(tl.float32) * (1.0 / size)
+    mean = tl.sum(total, 0)
     residual, squares = tl.zeros((COLS,), tl.float32), tl.zeros((COLS,), tl.float32)
     for start in range(0, size, COLS):
         col = tl.cast(start, tl.int64) + tl.arange(0, COLS)

@@ -1,28 +1,42 @@
-"""What the tests of the ops share: dtypes, awkward layouts, and how close is close enough."""
+"""What the tests share: dtypes, awkward layouts, how close is close enough, who served, and what a call gives."""
 
 import contextlib
 import itertools
 import os
 import re
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
+# What the kernels of a GPU, and ours of attention, compute in.
+FLOAT_AND_HALF = (torch.float32, *HALF)
+DTYPES = (*FLOAT_AND_HALF, torch.float64)
+
+
+def rows_of_tables() -> Iterator[tuple[int, str, list[tuple[str, str]]]]:
+    """Of each row of README.md's tables: the table's number, the first cell, and every (file, test) that the last cell
+    names. A test without a file is one of the file before it."""
+    table, file = -1, ""
+    for line in Path(__file__).with_name("README.md").read_text().splitlines():
+        if line.endswith("| where |"):
+            table += 1
+        elif table >= 0 and line.startswith("| "):
+            _, first, *_, last, _ = line.split("|")
+            tests = []
+            for path, test in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", last):
+                file = path or file
+                tests.append((file, test))
+            yield table, first, tests
 
 
 def contract() -> set[tuple[str, str]]:
-    """Every (file, test) that the first table of README.md, the contract's rows, names."""
-    table = Path(__file__).with_name("README.md").read_text().partition("| row |")[2].partition("\n\n")[0]
-    tests, file = set(), ""
-    for line in table.splitlines():
-        for path, test in re.findall(r"`(test_\w+\.py)?(?:::(\w+))?`", line.split("|")[-2] if "|" in line else ""):
-            file = path or file
-            tests.add((file, test))
-    return tests
+    """Every (file, test) that the first table, the contract's rows, names."""
+    return {test for table, _, tests in rows_of_tables() if table == 0 for test in tests}
 
 
 def double(t: Tensor | None) -> Tensor | None:
@@ -48,6 +62,21 @@ def assert_close(ours: Tensor, torchs: Tensor, exact: Tensor, what: str = "", sc
         error, torchs_error = ((t - exact)[finite].abs().max() for t in (ours, torchs))
         bound = draws * (torchs_error + unit / 2 * max(exact[finite].abs().max(), scale))
         assert error <= bound, f"{what}: error {error:.3g} over the bound of {bound:.3g}"
+
+
+def run(function: Callable, args, grad_out: Tensor, **keywords) -> list[Tensor]:
+    """Output and gradients of one call."""
+    output = function(*args, **keywords)
+    leaves = [t for t in args if isinstance(t, Tensor) and t.requires_grad]
+    return [output, *torch.autograd.grad(output, leaves, grad_out)]
+
+
+def compare(ours: Callable, torchs: Callable, formula: Callable, args, grad_out: Tensor, what: str) -> None:
+    """Output and gradients of a call of ours, beside torch's and the formula's in float64."""
+    exact = [double(a) if isinstance(a, Tensor) else a for a in args]
+    results = run(ours, args, grad_out), run(torchs, args, grad_out), run(formula, exact, grad_out.double())
+    for name, a, b, true in zip(("output", "input", "weight", "bias"), *results, strict=False):
+        assert_close(a, b, true, f"{what}: {name}")
 
 
 def rms(error: Tensor) -> float:
@@ -76,14 +105,39 @@ def layouts(t: Tensor) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def served(*paths: str):
-    """Fails unless each of these ops and internal paths of ours (``Path`` in csrc) was taken inside the block."""
+def served(*paths: str, when: bool = True):
+    """Fails unless each of these ops and internal paths of ours (``Path`` in csrc) was taken inside the block. Where
+    ``when`` is false, as for torch's half of a comparison, it looks at nothing."""
+    from nnfast.backend import native
+
+    before = native.paths() if when else {}
+    yield
+    after = native.paths() if when else {}
+    missed = [path for path in paths if when and after[path] == before[path]]
+    assert not missed, f"not served by ours: {missed}"
+
+
+@contextlib.contextmanager
+def left_to_torch(*paths: str):
+    """Fails if one of these ops and internal paths of ours was taken inside the block."""
     from nnfast.backend import native
 
     before = native.paths()
     yield
     after = native.paths()
-    assert not (missed := [path for path in paths if after[path] == before[path]]), f"not served by ours: {missed}"
+    taken = [path for path in paths if after[path] != before[path]]
+    assert not taken, f"served by ours: {taken}"
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    """With so many threads of torch's inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
@@ -158,12 +212,32 @@ def every_allocation_fails(call, state: Callable[[], list[Tensor]] = list) -> in
         del again
 
 
-def outcome(call):
-    """What a call gives: a tensor, or the error it raises."""
+def outcome(call, *args, **keywords):
+    """What a call gives: its result, or the type and text of the error that it raises."""
     try:
-        return call()
+        return call(*args, **keywords)
     except Exception as e:
         return type(e), str(e)
+
+
+def is_error(found) -> bool:
+    """Whether an outcome is an error."""
+    return isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], type)
+
+
+def assert_same_error(ours: Callable, torchs: Callable, *args, **keywords) -> None:
+    """Both refuse the call: the same type of error, with the same text."""
+    found = [outcome(function, *args, **keywords) for function in (ours, torchs)]
+    assert is_error(found[0]) and is_error(found[1]) and found[0] == found[1], (found, args, keywords)
+
+
+def run_script(code: str, *args, env: dict[str, str] | None = None, cwd: Path | None = None) -> str:
+    """What a script prints in an interpreter of its own; ``env`` comes on top of this process's. A hang is an error."""
+    command = [sys.executable, "-c", code, *map(str, args)]
+    env = {**os.environ, **(env or {})}
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def available_memory() -> int:

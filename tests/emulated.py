@@ -16,8 +16,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import FLOAT_AND_HALF as DTYPES
 from common import HALF, assert_close, double, layouts, served
-from test_adamw import exact, train
+from gpu_checks import (
+    ADAMW_OPTIONS,
+    check_adamw,
+    check_adamw_on_the_device,
+    check_clipping,
+    check_empty,
+    check_linear_gelu_layouts,
+    check_nan_stays_in_its_row,
+    check_only_what_is_wanted,
+)
+from test_adamw import train
 from test_layer_norm import compare as compare_layer_norm
 from test_layer_norm import compare_to_float32
 from test_linear_gelu import AHEAD, compare_mlp, mlp_leaves
@@ -30,7 +41,6 @@ import nnfast.nn.functional as F
 import nnfast.optim as optim
 from nnfast import reference
 
-DTYPES = (torch.float32, *HALF)
 LIBRARY, SLICE = os.environ["NNFAST_EMULATED"], os.environ.get("NNFAST_EMULATE") == "slice"
 
 torch.ops.load_library(LIBRARY)
@@ -149,21 +159,12 @@ def test_layer_norm_far_from_zero(size):
 
 @pytest.mark.parametrize("size", [33, 1000, 8200, 17000])
 def test_layer_norm_nan_stays_in_its_row(size):
-    x = torch.randn(5, size)
-    x[1, 3], x[3, 4], x[4] = float("nan"), float("inf"), 2.5
-    x.requires_grad_()
-    output = F.layer_norm(x, (size,))
-    (grad,) = torch.autograd.grad(output, x, torch.randn(5, size))
-    for row, ok in enumerate((True, False, True, False, True)):
-        assert output[row].isfinite().all() == ok and grad[row].isfinite().all() == ok
+    check_nan_stays_in_its_row(size)
 
 
 @pytest.mark.parametrize("size", [10, 300, 8200])
 def test_layer_norm_only_what_is_wanted(size):
-    for mask in itertools.product((True, False), repeat=3):
-        if sum(mask) in (1, 2):
-            tensors = [tensor(*s, grad=m) for s, m in zip(((4, size), (size,), (size,)), mask, strict=True)]
-            compare_layer_norm((tensors[0], (size,), *tensors[1:], 1e-5), torch.randn(4, size), str(mask))
+    check_only_what_is_wanted(size)
 
 
 @pytest.mark.parametrize("rows, size", [(300, 96), (5, 9000)])
@@ -179,12 +180,7 @@ def test_layer_norm_repeats_to_the_bit(rows, size):
 
 
 def test_empty():
-    x, weight, bias = torch.empty(0, 5, requires_grad=True), tensor(5), tensor(5)
-    grads = torch.autograd.grad(F.layer_norm(x, (5,), weight, bias).sum(), (x, weight, bias))
-    assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
-    weight, bias = tensor(3, 5), tensor(3)
-    grads = torch.autograd.grad(F.linear_gelu(x, weight, bias).sum(), (x, weight, bias))
-    assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
+    check_empty()
 
 
 def test_a_gpu_that_no_image_fits():
@@ -243,60 +239,25 @@ def test_a_linear_that_reads_a_gelu(dtype):
 
 
 def test_linear_gelu_layouts():
-    weight, bias = tensor(16, 24, dtype=torch.float16), tensor(16, dtype=torch.float16)
-    x, g = tensor(3, 4, 24, dtype=torch.float16, grad=False), tensor(3, 4, 16, dtype=torch.float16, grad=False)
-    for name, input in layouts(x).items():
-        compare_linear_gelu((input.detach().requires_grad_(), weight, bias, "none"), g, name)
-    for name, grad in layouts(g).items():
-        compare_linear_gelu((x.detach().requires_grad_(), weight, bias, "none"), grad, f"gradient {name}")
-    for name, w in layouts(weight.detach()).items():
-        compare_linear_gelu((x, w.detach().requires_grad_(), bias, "tanh"), g, f"weight {name}")
+    check_linear_gelu_layouts()
 
 
 CHUNK = int(re.search(r"kStepChunk = (\d+);", (Path(__file__).parents[1] / "csrc/cuda/kernels.h").read_text())[1])
 SIZES = [(0,), (1,), (3,), (4,), (5,), (), (3, 0, 2), (5, 13), (CHUNK - 1,), (CHUNK,), (2 * CHUNK + 3,), (0, 4)]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"amsgrad": True, "weight_decay": 0.3}, {"maximize": True, "betas": (0.0, 0.9), "lr": 0.1}], ids=str
-)
+@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
 @pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES[2:], DTYPES], ids=str)
 def test_adamw(dtypes, options):
-    """One launch for all sizes and dtypes of a group."""
-    kinds = list(itertools.islice(itertools.cycle(dtypes), len(SIZES)))
-    params, *grads = ([tensor(*s, dtype=t, grad=False) for s, t in zip(SIZES, kinds, strict=True)] for _ in range(3))
-    ours, optimizer = train(optim.AdamW, params, grads, **options)
-    torchs, _ = train(torch.optim.AdamW, params, grads, **{"fused": True, **options})
-    for p, q, true in zip(ours, torchs, exact(params, grads, **options), strict=True):
-        assert_close(p, q, true, f"{p.dtype} {tuple(p.shape)}")
-    assert all(optimizer.state[p]["step"] == 2 for p in ours)
+    check_adamw(SIZES, dtypes, options, steps=2)
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
 @pytest.mark.parametrize("amsgrad", [True, False])
 def test_adamw_on_the_device(amsgrad, found):
-    """Counts, lr, grad_scale and found_inf that are on the GPU; tensors of several chunks, which share a count."""
-    results = []
-    for fused in (False, True):
-        torch.manual_seed(0)
-        lists = [[torch.rand(s) for s in (0, 5, 3 * CHUNK + 1)] for _ in range(4)]
-        top = [v.clone() for v in lists[3]] if amsgrad else []
-        steps = [torch.tensor(float(t)) for t in (3, 4, 9)]
-        options = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
-        scale, inf, lr = torch.tensor(4.0), torch.tensor(found), torch.tensor(0.1)
-        if fused:
-            for step in steps:
-                step += 1
-            torch._fused_adamw_(*lists, top, steps, lr=0.1, amsgrad=amsgrad, grad_scale=scale, found_inf=inf, **options)
-            for step in steps:
-                step -= found
-        else:
-            device.emulate_scalars_on_device(True)
-            torch.ops.nnfast.adamw_(
-                *lists, top, [], steps, lr=0.0, tensor_lr=lr, grad_scale=scale, found_inf=inf, **options
-            )
-        results.append((lists, top, steps))
-    torch.testing.assert_close(*results)
+    """Tensors of several chunks, which share a count."""
+    device.emulate_scalars_on_device(True)
+    check_adamw_on_the_device((0, 5, 3 * CHUNK + 1), amsgrad, found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -333,31 +294,8 @@ def test_rmsprop_on_the_device():
 
 @pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES], ids=str)
 def test_clipping(dtypes):
-    """Norm and factor in one launch, the scaling in another; and the step that reads the factor."""
-    kinds = list(itertools.islice(itertools.cycle(dtypes), len(SIZES)))
-    grads = [tensor(*s, dtype=t, grad=False) for s, t in zip(SIZES, kinds, strict=True)]
-    grads.append(torch.randn(400)[5:365].to(dtypes[0]))
-    true = torch.cat([g.double().flatten() for g in grads]).norm()
-    promoted = torch.float32 if len(dtypes) > 1 else dtypes[0]
-    for max_norm, scale in ((1.0, None), (1e9, None), (2.0, 8.0)):
-        wanted = true / (scale or 1)
-        found = []
-        for seed in range(3):
-            device.emulate_order(seed)
-            given = None if scale is None else torch.tensor(scale)
-            found.append(torch.ops.nnfast.clip_coef(grads, max_norm, given))
-        (norm, coef), *others = found
-        assert norm.dtype is promoted and all(torch.equal(norm, n) and torch.equal(coef, c) for n, c in others)
-        torch.testing.assert_close(norm, wanted.to(promoted), rtol=2 * torch.finfo(promoted).eps, atol=0)
-        torch.testing.assert_close(coef, (max_norm / (wanted + 1e-6)).clamp(max=1).float(), rtol=1e-6, atol=0)
-        scaled = [g.clone() for g in grads]
-        torch.ops.nnfast.scale_by_(scaled, coef)
-        for g, s in zip(grads, scaled, strict=True):
-            assert torch.equal(s, (g.float() * coef).to(g.dtype))
-    torch.testing.assert_close(torch.ops.nnfast.total_norm(grads, 2.0), true, rtol=1e-7, atol=0)
-    grads[3][0] = float("nan")
-    norm, coef = torch.ops.nnfast.clip_coef(grads, 1.0)
-    assert norm.isnan() and coef.isnan()
+    """Whatever order the threads run in."""
+    check_clipping(SIZES, dtypes, rtol=1e-7, in_another_order=device.emulate_order)
 
 
 def test_a_captured_step_keeps_its_table():

@@ -15,9 +15,20 @@ import torch
 import torch.nn.functional as TF
 import triton
 import triton.language as tl
+from common import FLOAT_AND_HALF as DTYPES
 from common import HALF, assert_close, double, layouts, served
+from gpu_checks import (
+    ADAMW_OPTIONS,
+    check_adamw,
+    check_adamw_on_the_device,
+    check_clipping,
+    check_empty,
+    check_linear_gelu_layouts,
+    check_nan_stays_in_its_row,
+    check_only_what_is_wanted,
+)
 from machine import Machine
-from test_adamw import exact, train
+from test_adamw import train
 from test_layer_norm import compare as compare_layer_norm
 from test_layer_norm import compare_to_float32
 from test_layer_norm import sample_inputs as layer_norm_inputs
@@ -30,8 +41,6 @@ import nnfast.nn.functional as F
 import nnfast.optim as optim
 from nnfast import kernels, reference
 from nnfast.kernels import adamw, clip_grad, layer_norm, linear_gelu
-
-DTYPES = (torch.float32, *HALF)
 
 
 def _bits_of_bfloat16(x: np.ndarray) -> np.ndarray:
@@ -132,32 +141,16 @@ def test_layer_norm_far_from_zero():
 
 @pytest.mark.usefixtures("rows")
 def test_layer_norm_nan_stays_in_its_row():
-    x = torch.randn(5, 33)
-    x[1, 3], x[3, 4], x[4] = float("nan"), float("inf"), 2.5
-    x.requires_grad_()
-    output = F.layer_norm(x, (33,))
-    (grad,) = torch.autograd.grad(output, x, torch.randn(5, 33))
-    for row, ok in enumerate((True, False, True, False, True)):
-        assert output[row].isfinite().all() == ok and grad[row].isfinite().all() == ok
+    check_nan_stays_in_its_row(33)
 
 
 @pytest.mark.usefixtures("rows")
 def test_layer_norm_only_what_is_wanted():
-    for mask in itertools.product((True, False), repeat=3):
-        if sum(mask) in (1, 2):
-            tensors = [torch.randn(s).requires_grad_(m) for s, m in zip(((4, 10), 10, 10), mask, strict=True)]
-            compare_layer_norm((tensors[0], (10,), *tensors[1:], 1e-5), torch.randn(4, 10), str(mask))
+    check_only_what_is_wanted(10)
 
 
 def test_empty():
-    x = torch.empty(0, 5, requires_grad=True)
-    weight, bias = torch.randn(2, 5).requires_grad_().unbind()
-    grads = torch.autograd.grad(F.layer_norm(x, (5,), weight, bias).sum(), (x, weight, bias))
-    assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
-    weight = torch.randn(3, 5, requires_grad=True)
-    bias = torch.randn(3, requires_grad=True)
-    grads = torch.autograd.grad(F.linear_gelu(x, weight, bias).sum(), (x, weight, bias))
-    assert grads[0].shape == (0, 5) and grads[1].eq(0).all() and grads[2].eq(0).all()
+    check_empty()
     nothing = F.linear_gelu(torch.randn(3, 0), torch.randn(4, 0), bias=torch.ones(4))
     torch.testing.assert_close(nothing, TF.gelu(torch.ones(3, 4)))
     p = torch.empty(0, requires_grad=True)
@@ -221,14 +214,7 @@ def test_layouts_of_a_linear_that_reads_a_gelu():
 
 
 def test_linear_gelu_layouts():
-    weight, bias = torch.randn(16, 24).half().requires_grad_(), torch.randn(16).half().requires_grad_()
-    x, g = torch.randn(3, 4, 24).half(), torch.randn(3, 4, 16).half()
-    for name, input in layouts(x).items():
-        compare_linear_gelu((input.detach().requires_grad_(), weight, bias, "none"), g, name)
-    for name, grad in layouts(g).items():
-        compare_linear_gelu((x.requires_grad_(), weight, bias, "none"), grad, f"gradient {name}")
-    for name, w in layouts(weight.detach()).items():
-        compare_linear_gelu((x, w.detach().requires_grad_(), bias, "tanh"), g, f"weight {name}")
+    check_linear_gelu_layouts()
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
@@ -273,19 +259,10 @@ def test_gelu_formulas(approximate):
 SIZES = [(0,), (1,), (63,), (64,), (65,), (), (3, 0, 2), (5, 13), (300,), (0, 4)]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"amsgrad": True, "weight_decay": 0.3}, {"maximize": True, "betas": (0.0, 0.9), "lr": 0.1}], ids=str
-)
+@pytest.mark.parametrize("options", ADAMW_OPTIONS, ids=str)
 @pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES], ids=str)
 def test_adamw(dtypes, options):
-    """One launch for all sizes and dtypes of a group."""
-    kinds = list(itertools.islice(itertools.cycle(dtypes), len(SIZES)))
-    params, *grads = ([torch.randn(s).to(t) for s, t in zip(SIZES, kinds, strict=True)] for _ in range(4))
-    ours, optimizer = train(optim.AdamW, params, grads, **options)
-    torchs, _ = train(torch.optim.AdamW, params, grads, **{"fused": True, **options})
-    for p, q, true in zip(ours, torchs, exact(params, grads, **options), strict=True):
-        assert_close(p, q, true, f"{p.dtype} {tuple(p.shape)}")
-    assert all(optimizer.state[p]["step"] == 3 for p in ours)
+    check_adamw(SIZES, dtypes, options, steps=3)
 
 
 def test_adam():
@@ -321,26 +298,7 @@ def test_adamw_layouts():
 
 @pytest.mark.parametrize("dtypes", [DTYPES[:1], DTYPES[1:2], DTYPES], ids=str)
 def test_clipping(dtypes):
-    """Norm and factor in one launch, the scaling in another."""
-    kinds = list(itertools.islice(itertools.cycle(dtypes), len(SIZES)))
-    grads = [torch.randn(s).to(t) for s, t in zip(SIZES, kinds, strict=True)]
-    grads.append(torch.randn(400)[5:365].to(dtypes[0]))
-    true = torch.cat([g.double().flatten() for g in grads]).norm()
-    promoted = torch.float32 if len(dtypes) > 1 else dtypes[0]
-    for max_norm, scale in ((1.0, None), (1e9, None), (2.0, 8.0)):
-        wanted = true / (scale or 1)
-        given = None if scale is None else torch.tensor(scale)
-        norm, coef = torch.ops.nnfast.clip_coef(grads, max_norm, given)
-        torch.testing.assert_close(norm, wanted.to(promoted), rtol=2 * torch.finfo(promoted).eps, atol=0)
-        torch.testing.assert_close(coef, (max_norm / (wanted + 1e-6)).clamp(max=1).float(), rtol=1e-6, atol=0)
-        scaled = [g.clone() for g in grads]
-        torch.ops.nnfast.scale_by_(scaled, coef)
-        for g, s in zip(grads, scaled, strict=True):
-            assert torch.equal(s, (g.float() * coef).to(g.dtype))
-    torch.testing.assert_close(torch.ops.nnfast.total_norm(grads, 2.0), true, rtol=1e-6, atol=0)
-    grads[3][0] = float("nan")
-    norm, coef = torch.ops.nnfast.clip_coef(grads, 1.0)
-    assert norm.isnan() and coef.isnan()
+    check_clipping(SIZES, dtypes, rtol=1e-6)
 
 
 def test_adamw_tables_are_kept():
@@ -368,25 +326,6 @@ def test_adamw_tables_are_kept():
 @pytest.mark.parametrize("found", [0.0, 1.0])
 @pytest.mark.parametrize("amsgrad", [True, False])
 def test_adamw_on_the_device(monkeypatch, amsgrad, found):
-    """Steps, lr, grad_scale and found_inf that are on the GPU: nothing is read by the host."""
+    """Nothing is read by the host."""
     monkeypatch.setattr(adamw, "on_gpu", lambda t: True)
-    results = []
-    for fused in (False, True):
-        torch.manual_seed(0)
-        lists = [[torch.rand(s) for s in (0, 5, 130)] for _ in range(4)]
-        top = [v.clone() for v in lists[3]] if amsgrad else []
-        steps = [torch.tensor(float(t)) for t in (3, 4, 9)]
-        options = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8, "maximize": False}
-        scale, inf, lr = torch.tensor(4.0), torch.tensor(found), torch.tensor(0.1)
-        if fused:
-            for step in steps:
-                step += 1
-            torch._fused_adamw_(*lists, top, steps, lr=0.1, amsgrad=amsgrad, grad_scale=scale, found_inf=inf, **options)
-            for step in steps:
-                step -= found
-        else:
-            torch.ops.nnfast.adamw_(
-                *lists, top, [], steps, lr=0.0, tensor_lr=lr, grad_scale=scale, found_inf=inf, **options
-            )
-        results.append((lists, top, steps))
-    torch.testing.assert_close(*results)
+    check_adamw_on_the_device((0, 5, 130), amsgrad, found)

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import HALF, assert_close, double, rms, served, thresholds
+from common import FLOAT_AND_HALF as DTYPES
+from common import assert_close, double, is_error, left_to_torch, outcome, rms, run, served, threads, thresholds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import nnfast.nn.functional as F
-from nnfast import backend, reference
+from nnfast import reference
 
-DTYPES = (torch.float32, *HALF)
 NAMES = ("output", "query", "key", "value")
 FORWARD, BACKWARD = "scaled_dot_product_attention", "scaled_dot_product_attention_backward"
 
@@ -62,12 +62,6 @@ def masks(shape, dtype):
     yield "added, transposed", bias.transpose(-2, -1).contiguous().transpose(-2, -1)
 
 
-def run(function, args, grad_out, kwargs):
-    output = function(*args, **kwargs)
-    leaves = [t for t in args if t.requires_grad]
-    return [output, *torch.autograd.grad(output, leaves, grad_out)]
-
-
 def sizes(qkv, grad_out, scale=None, **_):
     """How large the terms of each result are. A score's gradient is p (dp - delta), where the two may cancel."""
     q, k, v, g = (t.detach().double() for t in (*qkv, grad_out))
@@ -81,9 +75,9 @@ def sizes(qkv, grad_out, scale=None, **_):
 def compare(qkv, grad_out, what, **kwargs):
     exact = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
     with served(FORWARD, BACKWARD):
-        ours = run(F.scaled_dot_product_attention, qkv, grad_out, kwargs)
-    torchs = run(TF.scaled_dot_product_attention, qkv, grad_out, kwargs)
-    true = run(reference.scaled_dot_product_attention, [double(t) for t in qkv], grad_out.double(), exact)
+        ours = run(F.scaled_dot_product_attention, qkv, grad_out, **kwargs)
+    torchs = run(TF.scaled_dot_product_attention, qkv, grad_out, **kwargs)
+    true = run(reference.scaled_dot_product_attention, [double(t) for t in qkv], grad_out.double(), **exact)
     assert ours[0].stride() == torchs[0].stride(), what
     for (name, size), a, b, c in zip(sizes(qkv, grad_out, **kwargs).items(), ours, torchs, true, strict=True):
         assert_close(a, b, c, f"{what}: {name}", size)
@@ -172,11 +166,10 @@ def test_no_less_accurate_than_torch(dtype, size):
     """S2: over many values, and with logits in the hundreds."""
     q, k, v, g = (randn(2, 4, 300, 64, dtype=dtype) for _ in range(4))
     q, k, v = (t.requires_grad_() for t in (q * size, k * size, v))
-    kwargs = {"is_causal": True}
-    true = run(reference.scaled_dot_product_attention, [double(t) for t in (q, k, v)], g.double(), kwargs)
+    true = run(reference.scaled_dot_product_attention, [double(t) for t in (q, k, v)], g.double(), is_causal=True)
     with served(FORWARD, BACKWARD):
-        ours = run(F.scaled_dot_product_attention, (q, k, v), g, kwargs)
-    torchs = run(TF.scaled_dot_product_attention, (q, k, v), g, kwargs)
+        ours = run(F.scaled_dot_product_attention, (q, k, v), g, is_causal=True)
+    torchs = run(TF.scaled_dot_product_attention, (q, k, v), g, is_causal=True)
     for name, a, b, c in zip(NAMES, ours, torchs, true, strict=True):
         # Both are samples of a rounding error: a twentieth more is not worse.
         assert rms(a.double() - c) <= 1.05 * rms(b.double() - c), name
@@ -188,15 +181,12 @@ def test_no_less_accurate_than_torch(dtype, size):
 def test_gradients_repeat_to_the_bit(shape, dtype):
     """S2: for any number of threads, and whichever way the backward goes."""
     qkv, grad_out, gqa = sample_inputs(shape, dtype)
-    results, before = [], torch.get_num_threads()
-    try:
-        for threads, room in itertools.product((1, 2, 3, 5), (0, 1 << 40)):
-            torch.set_num_threads(threads)
-            way = "attention.backward_by_heads" if threads == 1 and room else FORWARD
-            with thresholds(attention__thread_multiply_adds=1, attention__head_bytes=room), served(BACKWARD, way):
-                results.append(run(F.scaled_dot_product_attention, qkv, grad_out, {"is_causal": True, **gqa}))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for count, room in itertools.product((1, 2, 3, 5), (0, 1 << 40)):
+        way = "attention.backward_by_heads" if count == 1 and room else FORWARD
+        numbers = {"attention__thread_multiply_adds": 1, "attention__head_bytes": room}
+        with threads(count), thresholds(**numbers), served(BACKWARD, way):
+            results.append(run(F.scaled_dot_product_attention, qkv, grad_out, is_causal=True, **gqa))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -218,10 +208,10 @@ def test_only_the_gradients_that_are_wanted():
         if not any(wanted):
             continue
         qkv, grad_out, _ = sample_inputs((1, 2, 2, 70, 70, 16, 16), torch.float32)
-        every = run(F.scaled_dot_product_attention, qkv, grad_out, {})
+        every = run(F.scaled_dot_product_attention, qkv, grad_out)
         some = [t.detach().requires_grad_(w) for t, w in zip(qkv, wanted, strict=True)]
         with thresholds(attention__head_bytes=room), served(BACKWARD):
-            got = run(F.scaled_dot_product_attention, some, grad_out, {})
+            got = run(F.scaled_dot_product_attention, some, grad_out)
         kept = [every[0], *(g for g, w in zip(every[1:], wanted, strict=True) if w)]
         assert all(torch.equal(a, b) for a, b in zip(got, kept, strict=True))
 
@@ -253,8 +243,8 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         for mask in (None, torch.randn(40, 40), torch.rand(40, 40) < 0.5):
             with served(FORWARD, BACKWARD):
-                ours = run(F.scaled_dot_product_attention, qkv, grad_out.bfloat16(), {"attn_mask": mask})
-            torchs = run(TF.scaled_dot_product_attention, qkv, grad_out.bfloat16(), {"attn_mask": mask})
+                ours = run(F.scaled_dot_product_attention, qkv, grad_out.bfloat16(), attn_mask=mask)
+            torchs = run(TF.scaled_dot_product_attention, qkv, grad_out.bfloat16(), attn_mask=mask)
             for a, b in zip(ours, torchs, strict=True):
                 assert a.dtype == b.dtype
                 torch.testing.assert_close(a, b, rtol=2e-2, atol=3e-2)
@@ -265,13 +255,11 @@ def test_backends_that_the_user_forbids():
     qkv, _, _ = sample_inputs((1, 2, 2, 8, 8, 8, 8), torch.float32)
     for backends in ([SDPBackend.MATH], [SDPBackend.EFFICIENT_ATTENTION]):
         with sdpa_kernel(backends):
-            said = []
-            for f in (F.scaled_dot_product_attention, TF.scaled_dot_product_attention):
-                try:
-                    said.append(f(*qkv).grad_fn.name())
-                except RuntimeError as e:
-                    said.append(str(e))
-            assert said[0] == said[1]
+            ours, torchs = (
+                outcome(lambda f=f: f(*qkv).grad_fn.name())
+                for f in (F.scaled_dot_product_attention, TF.scaled_dot_product_attention)
+            )
+        assert ours == torchs
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -308,18 +296,15 @@ def torchs_calls():
 @pytest.mark.torch_serves("calls that ours does not cover, and bad input")
 def test_what_is_torchs(name, args, kwargs):
     """S1: calls that ours does not cover, and torch's errors."""
-    said = []
+    found = []
     for f in (F.scaled_dot_product_attention, TF.scaled_dot_product_attention):
         torch.manual_seed(0)
-        try:
-            said.append(f(*args, **kwargs))
-        except Exception as e:
-            said.append((type(e), str(e)))
-    if isinstance(said[0], tuple):
-        assert said[0] == said[1]
+        found.append(outcome(f, *args, **kwargs))
+    if any(map(is_error, found)):
+        assert found[0] == found[1]
     else:
-        torch.testing.assert_close(said[0], said[1])
-        assert said[0].stride() == said[1].stride()
+        torch.testing.assert_close(found[0], found[1])
+        assert found[0].stride() == found[1].stride()
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -352,7 +337,7 @@ def test_opcheck():
 @pytest.mark.usefixtures("cpu_kernels")
 def test_checkpointing_and_threads():
     qkv, grad_out, _ = sample_inputs((1, 2, 2, 70, 70, 16, 16), torch.float32)
-    plain = run(F.scaled_dot_product_attention, qkv, grad_out, {})
+    plain = run(F.scaled_dot_product_attention, qkv, grad_out)
     again = torch.utils.checkpoint.checkpoint(F.scaled_dot_product_attention, *qkv, use_reentrant=False)
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], torch.autograd.grad(again, qkv, grad_out), strict=True))
 
@@ -370,7 +355,7 @@ def test_a_boolean_mask_may_change_after_the_call():
     """S1: for the next layer say, or be made in inference mode: torch keeps numbers that it makes of it."""
     (q, k, v), grad_out, _ = sample_inputs((2, 3, 3, 9, 9, 8, 8), torch.float32)
     mask = torch.ones(9, 9, dtype=torch.bool).tril()
-    expected = run(TF.scaled_dot_product_attention, (q, k, v), grad_out, {"attn_mask": mask})
+    expected = run(TF.scaled_dot_product_attention, (q, k, v), grad_out, attn_mask=mask)
     with torch.inference_mode():
         inference = mask.clone()
     for given in (mask.clone(), mask.clone().expand(2, 3, 9, 9), inference):
@@ -383,14 +368,35 @@ def test_a_boolean_mask_may_change_after_the_call():
             torch.testing.assert_close(a, b)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("sizes, mask", [((24, 16), None), ((24, 24), (3, 9, 9))], ids=["sizes", "mask"])
+def test_what_torch_makes_up_of_several_ops_saves_no_argument(sizes, mask):
+    """S1: query, key, mask and output may then be changed in place before the backward."""
+    results = []
+    for function in (F.scaled_dot_product_attention, TF.scaled_dot_product_attention):
+        torch.manual_seed(0)
+        q, k = (torch.randn(2, 3, 9, sizes[0], requires_grad=True) for _ in range(2))
+        v = torch.randn(2, 3, 9, sizes[1], requires_grad=True)
+        bias = None if mask is None else torch.randn(mask)
+        given = q * 1, k * 1
+        with served(FORWARD, BACKWARD, when=function is F.scaled_dot_product_attention):
+            output = function(*given, v, bias)
+            with torch.no_grad():
+                for t in filter(lambda t: t is not None, (*given, bias)):
+                    t.mul_(3)
+            loss = output.mul_(2).square().sum()
+            plain = torch.autograd.grad(loss, (q, k, v), retain_graph=True)
+        first = torch.autograd.grad(loss, (q, k, v), create_graph=True)
+        results.append([*plain, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))])
+    for a, b in zip(*results, strict=True):
+        assert rms(a - b) < 1e-5 * rms(b)
+
+
+@pytest.mark.usefixtures("some_kernels")
 def test_one_query_is_torchs():
     """In float32, without a gradient: torch is faster there. Not under autocast, whose products are of 16 bits."""
-    if not backend.native or not backend.native.cpu_kernels():
-        pytest.skip("no CPU kernels here")
-    calls = lambda: backend.native.paths()[FORWARD]  # noqa: E731
     for queries, grad, lowered in itertools.product((1, 2, 3), (False, True), (False, True)):
         q, k, v = randn(1, 2, queries, 8).requires_grad_(grad), randn(1, 2, 40, 8), randn(1, 2, 40, 8)
-        before = calls()
-        with torch.autocast("cpu", torch.bfloat16, enabled=lowered):
+        expected = left_to_torch if queries < 3 and not grad and not lowered else served
+        with torch.autocast("cpu", torch.bfloat16, enabled=lowered), expected(FORWARD):
             F.scaled_dot_product_attention(q, k, v)
-        assert (calls() == before) == (queries < 3 and not grad and not lowered)

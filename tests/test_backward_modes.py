@@ -1,14 +1,13 @@
 """A graph of our nodes, of which the backward alone runs under a mode, a transform or a tracer: it is made of torch's
 ops, which these count, batch and trace, with torch's numbers."""
 
-import contextlib
 import functools
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import assert_close, double, served, thresholds
+from common import HALF, assert_close, double, served, thresholds
 from test_any_input import arguments, assert_same
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -27,7 +26,7 @@ def recorded(name):
     theirs, _ = arguments()[name]
     for function in (getattr(F, name), theirs):
         values = arguments()[name][1]
-        with served(name) if function is not theirs else contextlib.nullcontext(), thresholds(embedding__table_bytes=0):
+        with served(name, when=function is not theirs), thresholds(embedding__table_bytes=0):
             output = function(**values)
         yield output, [t for t in values.values() if isinstance(t, torch.Tensor) and t.requires_grad]
 
@@ -53,14 +52,14 @@ def test_a_mode_sees_torchs_ops(name, create_graph):
     assert_same(*results, name)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALF)
 def test_attention_of_16_bits(dtype):
     """In ATen's ops its backward is as exact as torch's, which is one op that computes in float."""
     inputs = [torch.randn(2, 4, 33, 16).to(dtype).requires_grad_() for _ in range(3)]
     grad = torch.randn(2, 4, 33, 16).to(dtype)
     results = []
     for function, given in ((F, inputs), (TF, inputs), (TF, [double(t) for t in inputs])):
-        with served("scaled_dot_product_attention") if function is F else contextlib.nullcontext():
+        with served("scaled_dot_product_attention", when=function is F):
             output = function.scaled_dot_product_attention(*given, is_causal=True)
         with Seen() as seen:
             results.append(torch.autograd.grad(output, given, grad.to(output.dtype)))

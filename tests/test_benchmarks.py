@@ -13,13 +13,22 @@ from nnfast.benchmarks import (
     bench_attention,
     bench_cross_entropy,
     bench_layer_norm,
+    bench_linear,
     bench_linear_gelu,
     bench_optimizers,
     harness,
     report,
 )
 
-MODULES = (bench_layer_norm, bench_linear_gelu, bench_cross_entropy, bench_adamw, bench_attention, bench_optimizers)
+MODULES = (
+    bench_layer_norm,
+    bench_linear,
+    bench_linear_gelu,
+    bench_cross_entropy,
+    bench_adamw,
+    bench_attention,
+    bench_optimizers,
+)
 ROOT = Path(__file__).parents[1]
 
 

@@ -1,13 +1,13 @@
 """clip_grad_norm_, get_total_norm, clip_grads_with_norm_: O2. Beside torch's, and against float64."""
 
-import contextlib
+import functools
 import inspect
 import itertools
 import math
 
 import pytest
 import torch
-from common import DTYPES, served, thresholds
+from common import DTYPES, assert_same_error, is_error, outcome, served, threads, thresholds
 from torch.nn.utils import clip_grad_norm_ as torchs_clip
 
 import nnfast.nn as nn
@@ -46,7 +46,7 @@ def test_values(dtype, max_norm, norm_type):
     others, before = twin(params), [p.grad.clone() for p in params]
     versions = [p.grad._version for p in params]
     ours = norm_type in (2, "inf", float("inf"))
-    with served("total_norm") if ours else served():
+    with served("total_norm", when=ours):
         norm = utils.clip_grad_norm_(params, max_norm, norm_type)
     torchs = torchs_clip(others, max_norm, norm_type)
     assert (norm.dtype, norm.shape, norm.device, norm.requires_grad) == (
@@ -86,11 +86,10 @@ def test_the_two_halves():
 
 def test_repeats_for_any_number_of_threads():
     params = leaves(torch.float32, [(1_000_003,), (77, 1001)])
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 2, 3, 5):
-        torch.set_num_threads(threads)
-        found.append(native.total_norm([p.grad for p in params], 2.0)[1].item())
-    torch.set_num_threads(before)
+    found = []
+    for count in (1, 2, 3, 5):
+        with threads(count):
+            found.append(native.total_norm([p.grad for p in params], 2.0)[1].item())
     assert len({*found}) == 1
 
 
@@ -117,18 +116,16 @@ LAYOUTS = {
 )
 @pytest.mark.parametrize("call", [{}, {"foreach": True}, {"foreach": False}], ids=str)
 def test_layouts(layout, call):
-    results = []
-    for clip in (utils.clip_grad_norm_, torchs_clip):
+    def clipped(clip):
         torch.manual_seed(2)
         g = LAYOUTS[layout]()
         p = torch.zeros(g.shape, dtype=g.dtype, requires_grad=True)
         other = torch.zeros(3, requires_grad=True)
         p.grad, other.grad = g, torch.ones(3)
-        try:
-            results.append((clip([p, other], 0.5, **call), p.grad, other.grad))
-        except (RuntimeError, NotImplementedError) as error:
-            results.append((type(error), str(error)))
-    if isinstance(results[1][0], type):
+        return clip([p, other], 0.5, **call), p.grad, other.grad
+
+    results = [outcome(clipped, clip) for clip in (utils.clip_grad_norm_, torchs_clip)]
+    if any(map(is_error, results)):
         assert results[0] == results[1]
     else:
         torch.testing.assert_close(*results)
@@ -151,13 +148,11 @@ def test_other_python_threads_may_run_meanwhile():
 def test_foreach_goes_on_to_torch():
     meta = [torch.ones(3, device="meta")]
     for foreach in (None, False, True):
-        outcomes = []
-        for function in (utils.get_total_norm, torch.nn.utils.get_total_norm):
-            try:
-                outcomes.append(function(meta, foreach=foreach).shape)
-            except RuntimeError as e:
-                outcomes.append(str(e))
-        assert outcomes[0] == outcomes[1]
+        ours, torchs = (
+            outcome(lambda norm=norm, foreach=foreach: norm(meta, foreach=foreach).shape)
+            for norm in (utils.get_total_norm, torch.nn.utils.get_total_norm)
+        )
+        assert ours == torchs
 
 
 def test_what_may_be_given():
@@ -184,20 +179,15 @@ def test_what_may_be_given():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("norm_type", [2.0, float("inf")])
 def test_nonfinite(value, norm_type):
-    for strict in (False, True):
-        results = []
-        for clip in (utils.clip_grad_norm_, torchs_clip):
-            torch.manual_seed(0)
-            (p,) = leaves(torch.float32, [(100,)])
-            p.grad[37] = value
-            try:
-                results.append((clip([p], 1.0, norm_type, error_if_nonfinite=strict), p.grad))
-            except RuntimeError as error:
-                results.append(str(error))
-        if strict:
-            assert results[0] == results[1]
-        else:
-            torch.testing.assert_close(*results, equal_nan=True)
+    def clipped(clip, strict):
+        torch.manual_seed(0)
+        (p,) = leaves(torch.float32, [(100,)])
+        p.grad[37] = value
+        return clip([p], 1.0, norm_type, error_if_nonfinite=strict), p.grad
+
+    ours, torchs = (functools.partial(clipped, clip) for clip in (utils.clip_grad_norm_, torchs_clip))
+    torch.testing.assert_close(ours(strict=False), torchs(strict=False), equal_nan=True)
+    assert_same_error(ours, torchs, strict=True)
 
 
 def test_large_and_small():
@@ -264,7 +254,7 @@ def test_a_gradient_twice():
     for clip in (utils.clip_grad_norm_, torchs_clip):
         p = torch.nn.Parameter(torch.zeros(50000))
         p.grad = torch.linspace(-1, 1, 50000)
-        with served("scale_", "step.in_order") if clip is utils.clip_grad_norm_ else contextlib.nullcontext():
+        with served("scale_", "step.in_order", when=clip is utils.clip_grad_norm_):
             clip([p, p], 1.0)
         results.append(p.grad)
     torch.testing.assert_close(*results)

@@ -1,16 +1,14 @@
 """torch.compile keeps ours in the graph where that gains; export and tracing have torch's ops, whole."""
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import served
+from common import left_to_torch, run_script, served
 from functorch.compile import make_boxed_func
 from torch.fx.experimental.proxy_tensor import make_fx
+from user_models import MLP, Block, Function
 
 import nnfast
 import nnfast.__main__
@@ -64,8 +62,6 @@ def graphs(f, *args):
 @pytest.mark.torch_serves("the compiler is handed torch's ops")
 def test_the_compiler_is_handed_torchs_graphs():
     """Node for node, where the user holds nnfast to torch's ops."""
-    from test_accelerate import MLP, Block, Function
-
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, 0.0, "gelu", batch_first=True)
     plain = torch.nn.Sequential(
         torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.GELU(), layer, Block(), Function(), MLP()
@@ -201,7 +197,7 @@ def test_losses_agree_and_nothing_is_compiled_again(dtype, checkpointed):
     model = LanguageModel(checkpointed)
     eager = copy.deepcopy(model)
     forward = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
-    with served(*STAYING, "linear_backward", "scaled_dot_product_attention_backward") if dtype is None else served():
+    with served(*STAYING, "linear_backward", "scaled_dot_product_attention_backward", when=dtype is None):
         run = losses_of_a_run(forward, model, dtype=dtype)
         losses, once = [next(run)], counter.frame_count
         losses += run
@@ -240,10 +236,8 @@ def test_accelerated_before_and_after_compiling():
         if late:
             torch.testing.assert_close(after, before)
         nnfast.restore(stack)
-        with served():
-            count = nnfast.backend.native.paths()["linear"]
+        with left_to_torch("linear"):
             torch.testing.assert_close(forward(batch), after)
-            assert nnfast.backend.native.paths()["linear"] == count
 
 
 def test_a_graph_follows_the_backend():
@@ -251,11 +245,9 @@ def test_a_graph_follows_the_backend():
     call, tensors = calls(torch.float32)["linear"]
     forward = torch.compile(call, fullgraph=True, backend="aot_eager")
     expected = forward(*tensors)
-    for backend, taken in (("torch", 0), ("cpu", 1)):
-        count = nnfast.backend.native.paths()["linear"]
-        with nnfast.use_backend(backend):
+    for backend, taken in (("torch", left_to_torch), ("cpu", served)):
+        with nnfast.use_backend(backend), taken("linear"):
             torch.testing.assert_close(forward(*tensors), expected)
-        assert nnfast.backend.native.paths()["linear"] - count == taken
 
 
 @pytest.mark.torch_serves("functorch sees torch's ops")
@@ -320,12 +312,8 @@ torch.compile(nnfast.nn.functional.linear)(torch.ones(4, 64), w).sum().backward(
 assert nnfast.backend.native.paths()["linear_backward"]
 print(counters["aot_autograd"]["autograd_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    said = []
-    for version in ("1", "1", "2"):
-        done = subprocess.run([sys.executable, "-c", program, version], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout.split())
+    env = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    said = [run_script(program, version, env=env).split() for version in ("1", "1", "2")]
     first, again, other = said
     assert again == ["1", "0"] and first == other and first[0] == "0", said
 

@@ -1,34 +1,26 @@
-"""torch's own databases of inputs, run over ours beside torch's: op_db, module_db and optim_db.
+"""torch's own databases of inputs, run over ours beside torch's: op_db and module_db; optim_db is test_optimizers.py's.
 
 What they hold differs a little between versions of torch, so it is asked for by name and all of it is run.
 """
 
 import copy
-import inspect
 
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, assert_close, double, outcome
-from test_adamw import exact, train
+from common import DTYPES, assert_close, assert_same_error, double
+from test_linear_gelu import TorchsLinearGELU, torchs_linear_gelu
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
-from torch.testing._internal.common_optimizers import OptimizerErrorEnum, optim_db
 from torch.utils._pytree import tree_map
 
 import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
-import nnfast.optim as optim
 from nnfast import reference
 
 OPS = {op.name: op for op in op_db if not op.variant_test_name}
 MODULES = {info.module_cls: info for info in module_db}
-(ADAMW,) = (info for info in optim_db if info.optim_cls is torch.optim.AdamW)
-
-
-def torchs_linear_gelu(input, weight, bias=None):
-    return TF.gelu(TF.linear(input, weight, bias))
 
 
 def layer_norm_formula(input, normalized_shape, weight=None, bias=None, eps=1e-5):
@@ -72,7 +64,6 @@ FUNCTIONS = [
 FUNCTIONS = [f for f in FUNCTIONS if f[0] in OPS]  # torch 2.12 has linear_cross_entropy
 # Samples with dropout are left out: torch serves them, which test_attention.py looks at.
 SKIPPED = {"nn.functional.scaled_dot_product_attention": lambda kwargs: kwargs.get("dropout_p", 0) > 0}
-names = [f[0] for f in FUNCTIONS]
 
 
 def tensors(*trees):
@@ -131,15 +122,7 @@ def test_errors_of_an_op(name, ours, theirs, _):
     """L3, G1: type and text are torch's."""
     for error in OPS[name].error_inputs("cpu"):
         sample = error.sample_input
-        said = [
-            outcome(lambda f=f, sample=sample: f(sample.input, *sample.args, **sample.kwargs)) for f in (ours, theirs)
-        ]
-        assert said[0] == said[1] and isinstance(said[0], tuple), sample
-
-
-class LinearThenGELU(torch.nn.Linear):
-    def forward(self, input):
-        return TF.gelu(super().forward(input))
+        assert_same_error(ours, theirs, sample.input, *sample.args, **sample.kwargs)
 
 
 def encoder(*args, **kwargs):
@@ -151,7 +134,7 @@ CLASSES = [
     (torch.nn.LayerNorm, nn.LayerNorm, torch.nn.LayerNorm),
     (torch.nn.GELU, nn.GELU, torch.nn.GELU),
     (torch.nn.Linear, nn.Linear, torch.nn.Linear),
-    (torch.nn.Linear, nn.LinearGELU, LinearThenGELU),
+    (torch.nn.Linear, nn.LinearGELU, TorchsLinearGELU),
     (torch.nn.CrossEntropyLoss, nn.CrossEntropyLoss, torch.nn.CrossEntropyLoss),
     (torch.nn.TransformerEncoderLayer, nn.TransformerEncoderLayer, torch.nn.TransformerEncoderLayer),
     (torch.nn.TransformerEncoder, encoder, torch.nn.TransformerEncoder),
@@ -187,69 +170,3 @@ def test_inputs_of_a_module(kind, ours, theirs, training):
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-# differentiable=True takes no leaves: test_adamw.py::test_differentiable.
-IMPLEMENTATIONS = [{}, *({flag: True} for flag in ADAMW.supported_impls if flag != "differentiable")]
-
-
-@pytest.mark.parametrize("flags", IMPLEMENTATIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_inputs_of_adamw(dtype, flags):
-    """A1, A2, A6: every configuration, with every implementation that torch has."""
-    shapes = [(10, 5), (), (3,), (0, 2)]
-    params = [torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes]
-    grads = [[torch.randn(s, dtype=torch.float64).to(dtype) for s in shapes] for _ in range(5)]
-    for config in ADAMW.optim_inputs_func("cpu", dtype):
-        options = {**config.kwargs, **flags}
-        ours, optimizer = train(optim.AdamW, params, grads, **options)
-        torchs, theirs = train(torch.optim.AdamW, params, grads, **options)
-        assert optimizer.state_dict()["param_groups"] == theirs.state_dict()["param_groups"], config.desc
-        numbers = {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in config.kwargs.items()}
-        for p, q, true in zip(ours, torchs, exact(params, grads, **numbers), strict=True):
-            assert_close(p, q, true, config.desc)
-            assert {k: v.dtype for k, v in optimizer.state[p].items()} == {
-                k: v.dtype for k, v in theirs.state[q].items()
-            }
-
-
-@pytest.mark.torch_serves("bad input is torch's to refuse")
-def test_errors_of_adamw_at_the_step():
-    """A1, A11: whatever torch's database says raises, in the constructor or at the step, raises the same here."""
-    for error in ADAMW.optim_error_inputs_func("cpu", torch.float32):
-        given, said = error.optimizer_error_input, []
-        for kind in (optim.AdamW, torch.optim.AdamW):
-            p = torch.ones(2, requires_grad=True)
-            p.grad = torch.ones(2)
-
-            def run(kind=kind, p=p, given=given, error=error):
-                optimizer = kind([p] if given.params is None else copy.copy(given.params), **given.kwargs)
-                if error.error_on is OptimizerErrorEnum.STEP_ERROR:
-                    optimizer.step()
-
-            with pytest.warns() if error.error_type is UserWarning else pytest.raises(error.error_type) as caught:
-                run()
-            said.append(str(caught[0].message) if error.error_type is UserWarning else str(caught.value))
-            assert (p == 1).all()
-        assert said[0] == said[1], given.desc
-
-
-SCHEDULERS = [make for group in ADAMW.scheduler_inputs for make in group]
-
-
-@pytest.mark.parametrize("index", range(len(SCHEDULERS)))
-def test_schedulers_of_adamw(index):
-    """A4: torch's list of schedulers for AdamW."""
-    results = []
-    for kind in (optim.AdamW, torch.optim.AdamW):
-        p = torch.ones(4, requires_grad=True)
-        optimizer = kind([{"params": [p], "weight_decay": 0.1}], lr=0.1)
-        scheduler = SCHEDULERS[index](optimizer)
-        metric = {"metrics": 1.0} if "metrics" in inspect.signature(scheduler.step).parameters else {}
-        for _ in range(30):
-            p.grad = p.detach() + 1
-            optimizer.step()
-            scheduler.step(**metric)
-        results.append((p.detach(), torch.tensor(optimizer.param_groups[0]["lr"])))
-    torch.testing.assert_close(*results)
-    assert results[0][1] < 0.1

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from test_accelerate import MLP, Block, Function, LayerNorm
+from user_models import MLP, Block, Function, LayerNorm
 
 import nnfast
 from nnfast.backend import native

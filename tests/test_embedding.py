@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, every_allocation_fails, served, thresholds
+from common import DTYPES, assert_same_error, every_allocation_fails, left_to_torch, served, thresholds
 from torch.utils.checkpoint import checkpoint
 
 import nnfast
@@ -59,7 +59,7 @@ def test_the_gradient_lies_in_memory_that_was_touched_before():
 @pytest.mark.usefixtures("some_kernels")
 def test_what_is_torchs():
     """E1: small tables, no gradient, max_norm, sparse gradients; and their results."""
-    weight, indices, count = torch.randn(11, 6, requires_grad=True), torch.tensor([3, 0, 3]), "embedding"
+    weight, indices = torch.randn(11, 6, requires_grad=True), torch.tensor([3, 0, 3])
     calls = [
         ({"embedding__table_bytes": 1 << 20}, weight, {}),
         (LOW, weight.detach(), {}),
@@ -67,21 +67,17 @@ def test_what_is_torchs():
         (LOW, weight.detach().clone(), {"max_norm": 1.0}),
     ]
     for numbers, table, options in calls:
-        paths = nnfast.backend.native.paths()[count]
-        with thresholds(**numbers):
+        with thresholds(**numbers), left_to_torch("embedding"):
             ours = F.embedding(indices, table, **options)
         assert torch.equal(ours, TF.embedding(indices, table, **options))
-        assert nnfast.backend.native.paths()[count] == paths
         if options.get("sparse"):
             assert torch.autograd.grad(ours.sum(), table)[0].is_sparse
-    with thresholds(**LOW), torch.no_grad():
+    with thresholds(**LOW), torch.no_grad(), left_to_torch("embedding"):
         F.embedding(indices, weight)
-        assert nnfast.backend.native.paths()[count] == paths
-    torch.func.grad(lambda w: F.embedding(indices, w).sum())(weight)
-    assert nnfast.backend.native.paths()[count] == paths
-    with thresholds(**LOW):  # the last call here is ours
+    with left_to_torch("embedding"):
+        torch.func.grad(lambda w: F.embedding(indices, w).sum())(weight)
+    with thresholds(**LOW), served("embedding"):  # the last call here is ours
         F.embedding(indices, weight)
-        assert nnfast.backend.native.paths()[count] == paths + 1
 
 
 @pytest.mark.usefixtures("some_kernels")
@@ -97,16 +93,9 @@ def test_errors_are_torchs():
         ([1], weight, {}),
         (torch.tensor([1]), weight, {"padding_idx": "a"}),
     ]
-    for indices, table, options in calls:
-        said = []
-        for embedding in (F.embedding, TF.embedding):
-            with thresholds(**LOW):
-                try:
-                    said.append(embedding(indices, table, **options))
-                except Exception as e:
-                    said.append((type(e), str(e)))
-        assert said[0] == said[1] if isinstance(said[1], tuple) else torch.equal(*said)
     with thresholds(**LOW):
+        for indices, table, options in calls:
+            assert_same_error(F.embedding, TF.embedding, indices, table, **options)
         F.embedding(torch.tensor([1]), weight)  # and what has no error is ours
 
 

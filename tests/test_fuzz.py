@@ -13,10 +13,11 @@ import random
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, assert_close, double, thresholds
+from common import DTYPES, FLOAT_AND_HALF, HALF, assert_close, double, threads, thresholds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_attention import sizes as attention_sizes
+from test_linear_gelu import torchs_linear_gelu
 
 import nnfast.nn
 import nnfast.nn.functional as F
@@ -97,13 +98,9 @@ def settings_of_a_case(draw):
             low = low.get(name, [1, 1, 1, 64, 1000])
             if (value := dice.choice([None, *low])) is not None:
                 drawn[name] = value
-    before, threads = native.paths() if native else {}, torch.get_num_threads()
-    torch.set_num_threads(dice.choice([threads, threads, 1, 2, 3]))
-    try:
-        with thresholds(**drawn):
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    before, count = native.paths() if native else {}, torch.get_num_threads()
+    with threads(dice.choice([count, count, 1, 2, 3])), thresholds(**drawn):
+        yield
     if native:
         cases.update(name for name, count in native.paths().items() if count > before[name])
 
@@ -254,12 +251,9 @@ def linear_gelu_case(draw):
     leaves = [None if t is None else t.requires_grad_(m) for t, m in zip((x, w, b), mask, strict=True)]
     true = [double(t) for t in leaves]
 
-    def torchs(x, w, b, approximate):
-        return TF.gelu(TF.linear(x, w, b), approximate=approximate)
-
     results = [
         outcome(lambda f=f, ts=ts: f(*ts, approximate), ts, grad_mode, like(g, dtype))
-        for f, ts in ((F.linear_gelu, leaves), (torchs, leaves), (reference.linear_gelu, true))
+        for f, ts in ((F.linear_gelu, leaves), (torchs_linear_gelu, leaves), (reference.linear_gelu, true))
     ]
     # The size of the terms: of the product, whose rounding the GELU and its derivative carry on.
     with torch.no_grad():
@@ -282,7 +276,7 @@ def linear_gelu_case(draw):
             grad_pre, sums = torch.ops.nnfast.gelu_backward_sum(like(g, dtype)(output), pre, approximate=approximate)
             found = torch.ops.nnfast.linear_backward(grad_pre, x, w, [*mask[:2], False])
             check([results[0][0], *found[:2], sums if mask[2] else None], *results[1:], scales)
-            if dtype in (torch.bfloat16, torch.float16):
+            if dtype in HALF:
                 # As under autocast, where gradients are wanted in float32.
                 asked = {"dtype": torch.float32, "input_dtype": torch.float32}
                 wide = torch.ops.nnfast.linear_backward(grad_pre, x, w, mask, **asked)
@@ -487,7 +481,7 @@ def attention_case(draw):
     batch, kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3]))
     queries, keys, size = draw(length), draw(length), draw(st.sampled_from([1, 3, 8, 15, 16, 17, 33, 64]))
     value_size = draw(st.just(size) | st.sampled_from([1, 9, 40]))
-    dtype = draw(st.sampled_from(DTYPES[:3]))
+    dtype = draw(st.sampled_from(FLOAT_AND_HALF))
     shapes = (queries, size), (keys, size), (keys, value_size), (queries, value_size)
     heads = kv_heads * group, kv_heads, kv_heads, kv_heads * group
     makers = [draw(layouts((batch, h, *shape))) for h, shape in zip(heads, shapes, strict=True)]

@@ -5,22 +5,19 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import HALF, assert_close, double
+from common import FLOAT_AND_HALF as DTYPES
+from common import HALF, assert_close, double, run
 from common import served as paths_taken
 from test_adamw import exact, train
 from test_layer_norm import compare as compare_layer_norm
-from test_layer_norm import run as run_layer_norm
 from test_linear_gelu import AHEAD, compare_mlp
 from test_linear_gelu import compare as compare_linear_gelu
-from test_linear_gelu import run as run_linear_gelu
 
 import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 import nnfast.optim as optim
 from nnfast import backend
-
-DTYPES = (torch.float32, *HALF)
 
 pytestmark = pytest.mark.gpu
 
@@ -185,15 +182,15 @@ def test_repeats_to_the_bit(served):
         *(gpu(1000, dtype=torch.bfloat16, grad=True) for _ in "wb"),
     )
     grad = gpu(5000, 1000, dtype=torch.bfloat16)
-    first = run_layer_norm(F.layer_norm, args, grad)
+    first = run(F.layer_norm, args, grad)
     for _ in range(10):
-        assert all(map(torch.equal, first, run_layer_norm(F.layer_norm, args, grad)))
+        assert all(map(torch.equal, first, run(F.layer_norm, args, grad)))
     served("linear_gelu")
     args = *(gpu(*s, dtype=torch.bfloat16, grad=True) for s in ((2000, 256), (512, 256), (512,))), "none"
     grad = gpu(2000, 512, dtype=torch.bfloat16)
-    first = run_linear_gelu(F.linear_gelu, args, grad)
+    first = run(F.linear_gelu, args, grad)
     for _ in range(10):
-        again = run_linear_gelu(F.linear_gelu, args, grad)
+        again = run(F.linear_gelu, args, grad)
         assert torch.equal(first[0], again[0]) and torch.equal(first[3], again[3])
 
 

@@ -1,11 +1,13 @@
 """LayerNorm: values, gradients, layouts, dtypes. L1 .. L11 are the rows of the contract (tests/README.md)."""
 
+import functools
 import itertools
 
+import common
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, HALF, assert_close, available_memory, double, layouts, rms
+from common import DTYPES, HALF, assert_close, assert_same_error, available_memory, double, layouts, rms, run
 from torch.nn.utils._per_sample_grad import call_for_per_sample_grads
 
 import nnfast.nn as nn
@@ -50,27 +52,12 @@ def sample_inputs(dtype, requires_grad=True, shapes=SHAPES, affine=((True, True)
         )
 
 
-def run(function, args, grad_out):
-    """Output and gradients of one call."""
-    output = function(*args)
-    leaves = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
-    return [output, *torch.autograd.grad(output, leaves, grad_out)]
+compare = functools.partial(common.compare, F.layer_norm, TF.layer_norm, reference.layer_norm)
 
 
 def to_float32(*args):
     """Ours as a GPU's autocast calls it: 16 bits come in and float32 goes out."""
     return torch.ops.nnfast.layer_norm(*args, dtype=torch.float32)[0]
-
-
-def compare(args, grad_out, what, ours=F.layer_norm, torchs=TF.layer_norm):
-    exact = [double(a) if isinstance(a, torch.Tensor) else a for a in args]
-    results = (
-        run(ours, args, grad_out),
-        run(torchs, args, grad_out),
-        run(reference.layer_norm, exact, grad_out.double()),
-    )
-    for name, ours, torchs, true in zip(("output", "input", "weight", "bias"), *results, strict=False):
-        assert_close(ours, torchs, true, f"{what}: {name}")
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -90,12 +77,16 @@ def test_float_weight_beside_16_bit_input(dtype):
         compare((input, shape, *affine, eps), torch.randn_like(input), f"{tuple(input.shape)}")
 
 
+def torchs_to_float32(x, *args):
+    return TF.layer_norm(x.float(), *args)
+
+
 def compare_to_float32(args, grad_out, what):
     """From 16 bits to float32, beside a cast and torch's LayerNorm; the gradient of the input is rounded once."""
     input, shape, weight, bias, eps = args
     affine = [None if t is None else t.detach().float().requires_grad_(t.requires_grad) for t in (weight, bias)]
     args = input, shape, *affine, eps
-    compare(args, grad_out.float(), what, to_float32, lambda x, *rest: TF.layer_norm(x.float(), *rest))
+    common.compare(to_float32, torchs_to_float32, reference.layer_norm, args, grad_out.float(), what)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -108,7 +99,7 @@ def test_16_bits_to_float32(dtype):
     results = []
     for f, a, b in (
         (to_float32, x, w),
-        (lambda x, *rest: TF.layer_norm(x.float(), *rest), x, w),
+        (torchs_to_float32, x, w),
         (reference.layer_norm, double(x), double(w)),
     ):
         (first,) = torch.autograd.grad(f(a, (9,), b, None, 1e-5).square().sum(), a, create_graph=True)
@@ -214,7 +205,6 @@ def test_saved_input_is_guarded_and_output_is_free():
     output = F.layer_norm(leaf, (8,), w)
     output.add_(1)
     output.sum().backward(retain_graph=True)
-    leaf.data_ptr()
     leaf.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
@@ -233,6 +223,18 @@ def test_nan_and_infinity_stay_in_their_row():
     for row, ok in enumerate((True, False, True, False, True)):
         assert output[row].isfinite().all() == ok and grad[row].isfinite().all() == ok
     assert torch.equal(output[4], bias), "a row without variance gives the bias"
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_a_row_whose_sum_overflows():
+    """The mean is finite, and so is the result, where torch's is for some sizes and dtypes alone."""
+    for dtype, size in itertools.product((torch.float32, torch.bfloat16, torch.float64), (7, 300, 4096)):
+        x = torch.full((3, size), torch.finfo(dtype).max / 3, dtype=dtype)
+        x[1] *= -1
+        y = F.layer_norm(x, (size,))
+        assert torch.equal(y, torch.zeros_like(y)), (dtype, size)
+        x[:, ::2] *= -1  # squares overflow as well, and the reciprocal deviation is 0
+        assert torch.equal(F.layer_norm(x, (size,)), torch.zeros_like(y)), (dtype, size)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -324,11 +326,7 @@ def test_errors_are_torchs():
         (x, (4.0,)),
         (None, (4,)),
     ):
-        with pytest.raises(Exception) as ours:
-            F.layer_norm(*args)
-        with pytest.raises(Exception) as theirs:
-            TF.layer_norm(*args)
-        assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
+        assert_same_error(F.layer_norm, TF.layer_norm, *args)
 
 
 @pytest.mark.usefixtures("cpu_kernels")

@@ -1,19 +1,20 @@
 """Linear. N1 and N2 are the rows of the contract (tests/README.md)."""
 
-import contextlib
 import itertools
 
+import common
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, HALF, assert_close, double, layouts, served, thresholds
+from common import DTYPES, HALF, assert_close, assert_same_error, double, layouts, run, served, threads, thresholds
 from torch.utils.checkpoint import checkpoint
 
 import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 
-# (input's shape, out_features): 1-D to 4-D, one feature, one row, sizes over and under a register.
+# (input's shape, out_features): 1-D to 4-D, one feature, one row, sizes over and under a register, and one product
+# large enough for the library that serves large ones.
 SHAPES = [((5,), 3), ((1, 1), 1), ((4, 7), 9), ((2, 3, 17), 33), ((2, 1, 3, 8), 15), ((64, 65), 130), ((300, 100), 200)]
 
 # Numbers with which a product of any size goes to the library for large ones.
@@ -34,20 +35,10 @@ def sample_inputs(dtype, requires_grad=True, shapes=SHAPES):
         yield make(*shape), make(out, shape[-1]), make(out) if has_bias else None
 
 
-def run(function, args, grad_out):
-    output = function(*args)
-    leaves = [t for t in args if t is not None and t.requires_grad]
-    return [output, *torch.autograd.grad(output, leaves, grad_out)]
-
-
 def compare(args, grad_out, what):
     """Ours, served by ours, beside torch's and float64."""
     with served("linear", "linear_backward"):
-        ours = run(F.linear, args, grad_out)
-    torchs = run(TF.linear, args, grad_out)
-    exact = run(TF.linear, [double(t) for t in args], grad_out.double())
-    for name, a, b, true in zip(("output", "input", "weight", "bias"), ours, torchs, exact, strict=False):
-        assert_close(a, b, true, f"{what}: {name}")
+        common.compare(F.linear, TF.linear, TF.linear, args, grad_out, what)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -187,11 +178,7 @@ def test_errors_are_torchs():
         (x, w, 3),
         ("x", w, b),
     ):
-        with pytest.raises(Exception) as ours:
-            F.linear(*args)
-        with pytest.raises(Exception) as theirs:
-            TF.linear(*args)
-        assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
+        assert_same_error(F.linear, TF.linear, *args)
     for args in ((x, torch.randn(4)), (x, w, torch.randn(1))):
         torch.testing.assert_close(F.linear(*args), TF.linear(*args))
 
@@ -402,16 +389,12 @@ def operands(rows, columns, dtype):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_the_gemm_repeats_for_any_number_of_threads(dtype):
     """Many rows and few; of few, threads are at different blocks of k at one time."""
-    threads = torch.get_num_threads()
+    numbers = {"product__gemm_16_bits": 2, "gemm__thread_multiply_adds": 1000}
     for (m, k, n), times in (((300, 700, 130), 1), ((20, 700, 1030), 100), ((5, 300, 1024), 100)):
         x, w, found = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), []
-        try:
-            for count in (1, *(2, 3, 5) * times):
-                torch.set_num_threads(count)
-                with thresholds(product__gemm_16_bits=2, gemm__thread_multiply_adds=1000), served("product.gemm"):
-                    found.append(torch.ops.nnfast.linear(x, w))
-        finally:
-            torch.set_num_threads(threads)
+        for count in (1, *(2, 3, 5) * times):
+            with threads(count), thresholds(**numbers), served("product.gemm"):
+                found.append(torch.ops.nnfast.linear(x, w))
         assert all(torch.equal(found[0], other) for other in found)
 
 
@@ -550,7 +533,7 @@ def test_data_that_is_replaced_before_the_backward(function, autocast, shape):
             torch.manual_seed(0)
             dtype = autocast or torch.float32
             input, weight, bias = (torch.randn(s).to(dtype).requires_grad_() for s in (shape, (5, 6), (5,)))
-            with served(function) if ours else contextlib.nullcontext(), torch.autocast("cpu", enabled=bool(autocast)):
+            with served(function, when=ours), torch.autocast("cpu", enabled=bool(autocast)):
                 if function == "linear":
                     output = (F if ours else TF).linear(input, weight, bias)
                 else:

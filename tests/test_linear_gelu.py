@@ -1,14 +1,28 @@
 """Linear+GELU, and GELU. G1 .. G7 are the rows of the contract (tests/README.md)."""
 
-import contextlib
+import functools
 import inspect
 import itertools
 from collections import OrderedDict
 
+import common
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import DTYPES, HALF, assert_close, double, layouts, rms, served, thresholds
+from common import (
+    DTYPES,
+    HALF,
+    assert_close,
+    assert_same_error,
+    double,
+    layouts,
+    left_to_torch,
+    rms,
+    served,
+    thresholds,
+)
+from test_linear import SHAPES
+from test_linear import sample_inputs as linear_inputs
 from torch.utils.checkpoint import checkpoint
 
 import nnfast
@@ -20,40 +34,23 @@ from nnfast.benchmarks.harness import peak_memory
 
 APPROXIMATE = ("none", "tanh")
 
-# (input's shape, out_features): 1-D to 4-D, one feature, one row, sizes over and under a register, and one product
-# large enough for the library that serves large ones.
-SHAPES = [((5,), 3), ((1, 1), 1), ((4, 7), 9), ((2, 3, 17), 33), ((2, 1, 3, 8), 15), ((64, 65), 130), ((300, 100), 200)]
-
 
 def sample_inputs(dtype, requires_grad=True, shapes=SHAPES):
     """(input, weight, bias, approximate) over the shapes, with and without bias."""
-    for (shape, out), has_bias, approximate in itertools.product(shapes, (True, False), APPROXIMATE):
-
-        def make(*size):
-            return torch.randn(size, dtype=torch.float64).to(dtype).requires_grad_(requires_grad)
-
-        yield make(*shape), make(out, shape[-1]), make(out) if has_bias else None, approximate
+    for args, approximate in itertools.product(linear_inputs(dtype, requires_grad, shapes), APPROXIMATE):
+        yield *args, approximate
 
 
-def torchs_linear_gelu(input, weight, bias, approximate):
+def torchs_linear_gelu(input, weight, bias=None, approximate="none"):
     return TF.gelu(TF.linear(input, weight, bias), approximate=approximate)
 
 
-def run(function, args, grad_out):
-    output = function(*args)
-    leaves = [t for t in args if isinstance(t, torch.Tensor) and t.requires_grad]
-    return [output, *torch.autograd.grad(output, leaves, grad_out)]
+class TorchsLinearGELU(torch.nn.Linear):
+    def forward(self, input):
+        return torchs_linear_gelu(input, self.weight, self.bias)
 
 
-def compare(args, grad_out, what):
-    exact = [double(a) if isinstance(a, torch.Tensor) else a for a in args]
-    results = (
-        run(F.linear_gelu, args, grad_out),
-        run(torchs_linear_gelu, args, grad_out),
-        run(reference.linear_gelu, exact, grad_out.double()),
-    )
-    for name, ours, torchs, true in zip(("output", "input", "weight", "bias"), *results, strict=False):
-        assert_close(ours, torchs, true, f"{what}: {name}")
+compare = functools.partial(common.compare, F.linear_gelu, torchs_linear_gelu, reference.linear_gelu)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -178,7 +175,7 @@ def test_only_the_gradients_that_are_wanted():
 def test_a_gradient_that_somebody_holds_is_left_alone():
     """The backward writes over no gradient that comes in."""
     x, w, b = (torch.randn(*s, requires_grad=True) for s in ((6, 10), (7, 10), (7,)))
-    expected = torch.autograd.grad(torchs_linear_gelu(x, w, b, "none"), (x, w, b), torch.ones(6, 7))
+    expected = torch.autograd.grad(torchs_linear_gelu(x, w, b), (x, w, b), torch.ones(6, 7))
 
     def gradients(through, **kwargs):
         y = F.linear_gelu(x, w, b)
@@ -257,7 +254,7 @@ def test_precision_of_float32_products(precision):
         if precision == "medium":
             assert torch.equal(ours, F.gelu(TF.linear(x, w)))
         else:
-            assert_close(ours, torchs_linear_gelu(x, w, None, "none"), exact)
+            assert_close(ours, torchs_linear_gelu(x, w), exact)
     finally:
         torch.set_float32_matmul_precision(before)
 
@@ -287,7 +284,7 @@ def test_empty_batch(dtype):
 def test_no_features(features, out):
     """G1: torch serves."""
     args = [torch.ones(s, requires_grad=True) for s in ((2, features), (out, features), (out,))]
-    ours, torchs = (f(*args, "none") for f in (F.linear_gelu, torchs_linear_gelu))
+    ours, torchs = (f(*args) for f in (F.linear_gelu, torchs_linear_gelu))
     torch.testing.assert_close(ours, torchs)
     ours.sum().backward()
     assert all(t.grad.shape == t.shape for t in args)
@@ -307,20 +304,12 @@ def test_errors_are_torchs():
         (x, None, b, "none"),
         (x, w, b, None),
     ):
-        with pytest.raises(Exception) as ours:
-            F.linear_gelu(*args)
-        with pytest.raises(Exception) as theirs:
-            torchs_linear_gelu(*args)
-        assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
-    for bad in ((x.long(), "none"), (x, "erf"), (None, "none")):
-        with pytest.raises(Exception) as ours:
-            F.gelu(bad[0], approximate=bad[1])
-        with pytest.raises(Exception) as theirs:
-            TF.gelu(bad[0], approximate=bad[1])
-        assert type(ours.value) is type(theirs.value) and str(ours.value) == str(theirs.value)
+        assert_same_error(F.linear_gelu, torchs_linear_gelu, *args)
+    for input, approximate in ((x.long(), "none"), (x, "erf"), (None, "none")):
+        assert_same_error(F.gelu, TF.gelu, input, approximate=approximate)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", HALF)
 def test_autocast(dtype):
     """G2: the output has autocast's dtype, the gradients the parameters'."""
     ours = nn.Sequential(nn.Linear(20, 30), nn.GELU(), nn.Linear(30, 4))
@@ -442,10 +431,10 @@ def test_in_blocks(dtype):
 
 
 @pytest.mark.usefixtures("cpu_kernels")
-def test_a_backward_that_failed_can_be_tried_again(monkeypatch):
+def test_a_backward_that_failed_can_be_tried_again():
     """Nothing is let go before the last thing that can fail."""
     x, w, b = (torch.randn(s, requires_grad=True) for s in ((64, 96), (128, 96), (128,)))
-    y, fail = F.linear_gelu(x, w, b), [True]
+    fail = [True]
 
     def raising(t):
         if fail.pop():
@@ -459,7 +448,7 @@ def test_a_backward_that_failed_can_be_tried_again(monkeypatch):
         y.backward(grad)
     fail[:] = [False] * 9
     y.backward(grad)
-    expected = torch.autograd.grad(TF.gelu(TF.linear(x, w, b)), (x, w, b), grad)
+    expected = torch.autograd.grad(torchs_linear_gelu(x, w, b), (x, w, b), grad)
     torch.testing.assert_close((x.grad, w.grad, b.grad), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -471,7 +460,7 @@ def test_without_gradients_the_pre_activation_is_not_written():
         return peak_memory(f, "cpu")
 
     with torch.no_grad(), thresholds(linear_gelu__block_bytes=1):
-        assert peak(lambda: F.linear_gelu(x, w, b)) < peak(lambda: TF.gelu(TF.linear(x, w, b)))
+        assert peak(lambda: F.linear_gelu(x, w, b)) < peak(lambda: torchs_linear_gelu(x, w, b))
 
 
 def test_sequential_is_torchs():
@@ -641,22 +630,21 @@ def test_a_gradient_worked_ahead_is_only_ever_a_saving():
         torch.testing.assert_close(*looked, rtol=0.05, atol=0.05, msg=lambda m, name=name: f"{name}: {m}")
 
     # Two readers of the GELU's output; what it gives is asked for itself; a Linear whose hook changes what it sends.
-    before = native.paths()[AHEAD[1]]
     for case in ("two Linears", "asked for", "hook"):
         results = []
         for linear, gelu in ((F.linear, F.gelu), (TF.linear, TF.gelu)):
             x, w, b, v, c = leaves
-            h = gelu(linear(x, w, b))
-            y = linear(h, v, c)
-            if case == "hook":
-                y.grad_fn.register_hook(lambda inputs, outputs: tuple(t if t is None else 2 * t for t in inputs))
-                results.append([t.shape for t in torch.autograd.grad(y.sum(), leaves)])
-            elif case == "asked for":
-                results.append(torch.autograd.grad(y.sum(), (h, v)))
-            else:
-                results.append(torch.autograd.grad((y + linear(h, v, None)).sum(), leaves))
-        torch.testing.assert_close(*results, rtol=0.05, atol=0.05) if case != "hook" else None
-    assert native.paths()[AHEAD[1]] == before
+            with left_to_torch(AHEAD[1]):
+                h = gelu(linear(x, w, b))
+                y = linear(h, v, c)
+                if case == "hook":
+                    y.grad_fn.register_hook(lambda inputs, outputs: tuple(t if t is None else 2 * t for t in inputs))
+                    results.append(torch.autograd.grad(y.sum(), leaves))
+                elif case == "asked for":
+                    results.append(torch.autograd.grad(y.sum(), (h, v)))
+                else:
+                    results.append(torch.autograd.grad((y + linear(h, v, None)).sum(), leaves))
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05, msg=lambda m, case=case: f"{case}: {m}")
 
 
 @pytest.mark.usefixtures("cpu_kernels", "works_ahead")
@@ -738,9 +726,6 @@ def test_models_in_which_a_linear_reads_a_gelu(cpu_kernels):
     def sequential(library):
         return library.Sequential(library.Linear(16, 32), library.GELU("tanh"), library.Linear(32, 16))
 
-    def count():
-        return native.paths()[AHEAD[1]]
-
     makes = [lambda library: layer(library, 0.0), sequential]
     for make, how in itertools.product(makes, ("ours", "accelerated")):
         torch.manual_seed(0)
@@ -753,12 +738,11 @@ def test_models_in_which_a_linear_reads_a_gelu(cpu_kernels):
                 model(x).float().square().sum().backward()
                 results.append([p.grad for p in model.parameters()])
         torch.testing.assert_close(*results, rtol=0.1, atol=0.5)
-    before = count()
     dropping = layer(nn, 0.5).bfloat16()
     dropping.self_attn.dropout = 0.0  # attention with dropout is torch's
-    dropping(torch.randn(3, 5, 16).bfloat16()).sum().backward()
-    sequential(nn)(torch.randn(3, 16)).sum().backward()  # a product in float32 does not work it out
-    assert count() == before
+    with left_to_torch(AHEAD[1]):
+        dropping(torch.randn(3, 5, 16).bfloat16()).sum().backward()
+        sequential(nn)(torch.randn(3, 16)).sum().backward()  # a product in float32 does not work it out
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -769,7 +753,7 @@ def test_what_a_hook_packs_in_half(approximate):
     grads = []
     for function in (F.gelu, TF.gelu):
         hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t.half(), lambda t: t)
-        with hooks, served("gelu") if function is F.gelu else contextlib.nullcontext():
+        with hooks, served("gelu", when=function is F.gelu):
             y = function(x, approximate=approximate)
         grads += torch.autograd.grad(y.sum(), x)
     assert grads[0].dtype == grads[1].dtype

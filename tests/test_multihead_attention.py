@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from common import assert_close, double, served
+from common import assert_close, assert_same_error, double, left_to_torch, served
 
 import nnfast
 import nnfast.nn as nn
@@ -118,12 +118,7 @@ def test_errors_are_torchs():
         ((q, k, v), {"attn_mask": torch.zeros(2, 2)}),
         ((q[0, 0], k, v), {}),
     ):
-        said = []
-        for m in (ours, theirs):
-            with pytest.raises(Exception) as raised:  # noqa: PT011
-                m(*arguments, **keywords)
-            said.append((raised.type, str(raised.value)))
-        assert said[0] == said[1]
+        assert_same_error(ours, theirs, *arguments, **keywords)
     ours(q, k, v)
 
 
@@ -161,11 +156,9 @@ def test_inference_takes_torchs_fast_path():
     theirs = torch.nn.TransformerEncoderLayer(16, 4, 32, 0.0, batch_first=True).eval()
     ours = nnfast.accelerate(copy.deepcopy(theirs))
     x = torch.randn(2, 5, 16)
-    with torch.no_grad():
-        before = nnfast.backend.native.paths()["linear"]
+    with torch.no_grad(), left_to_torch("linear"):
         assert torch.equal(ours(x), theirs(x))
         assert torch.equal(ours.self_attn(x, x, x)[0], theirs.self_attn(x, x, x)[0])
-        assert nnfast.backend.native.paths()["linear"] == before
     with served("linear", "scaled_dot_product_attention"):
         ours(x)
 

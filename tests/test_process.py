@@ -1,30 +1,20 @@
 """What a process does around the ops: two threads, forks, and how much memory it needs. "Across", and A9."""
 
 import random
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from common import served, thresholds
+from common import run_script, served, thresholds
 
 import nnfast
 import nnfast.nn as nn
 import nnfast.nn.functional as F
 import nnfast.optim as optim
 from nnfast import backend
-
-
-def run_script(code, *args):
-    """The output of a fresh interpreter; a hang is an error."""
-    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, args)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -54,6 +44,44 @@ def test_two_threads():
     for seed in (1, 2):
         assert all(torch.equal(a, b) for a, b in zip(alone[seed], together[seed], strict=True))
     assert not torch.equal(alone[1][0], alone[2][0])
+
+
+LET_GO = """
+import threading, torch
+import nnfast.optim as optim
+from nnfast.backend import native
+
+large, small = torch.zeros(10_000_000, requires_grad=True), [torch.zeros(1000, requires_grad=True) for _ in range(200)]
+optimizer = optim.AdamW([{"params": [large]}, {"params": small}])
+
+def make_gradients():
+    for p in [large, *small]:
+        p.grad = torch.ones_like(p)
+
+def let_go(before):
+    while native.paths()["without_gil"] == before:  # the step has not begun
+        pass
+    for p in small:
+        p.grad = None
+    other = [torch.randn(1000) for _ in range(200)]
+
+make_gradients()
+optimizer.step()
+for _ in range(20):
+    make_gradients()
+    thread = threading.Thread(target=let_go, args=(native.paths()["without_gil"],))
+    thread.start()
+    optimizer.step()
+    thread.join()
+print(all(torch.equal(p, small[0]) for p in small), native.paths()["adamw_"])
+"""
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.served_in_children
+def test_another_thread_lets_go_of_gradients():
+    """While the first group is stepped, the gradients of the second lose their parameters: the step holds them."""
+    assert run_script(LET_GO).split() == ["True", "42"]
 
 
 FORK = """

@@ -11,7 +11,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as TF
-from common import served
+from common import run_script, served
 
 import nnfast
 import nnfast.nn.functional as F
@@ -93,8 +93,7 @@ def test_without_triton():
         "assert nnfast.backend.available('triton');"
         "assert nnfast.backend.available('cpu') or nnfast.backend.native.paths()['layer_norm'] == 1"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_script(code)
 
 
 def test_doctor():
@@ -264,9 +263,7 @@ thread.join()
 
 
 def test_environment_variable_holds_every_thread():
-    env = {**os.environ, "NNFAST_BACKEND": "torch"}
-    done = subprocess.run([sys.executable, "-c", ON_A_THREAD], env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == "True", done.stdout + done.stderr
+    assert run_script(ON_A_THREAD, env={"NNFAST_BACKEND": "torch"}).strip() == "True"
 
 
 @pytest.mark.usefixtures("cpu_kernels")
@@ -303,6 +300,5 @@ def test_other_instruction_sets(capability):
         text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:]
-    code = "from nnfast import backend; print(backend.native.cpu_kernels())"
-    name = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout.strip()
+    name = run_script("from nnfast import backend; print(backend.native.cpu_kernels())", env=env).strip()
     assert name == str(CAPABILITIES[capability])

@@ -6,8 +6,8 @@
 #include <algorithm>
 #include <atomic>
 
-#include "../gate/paths.h"
 #include "../ops/op.h"
+#include "../ops/paths.h"
 #include "cpu.h"
 #include "memory.h"
 

@@ -57,15 +57,15 @@ NNFAST_INLINE void score(const Range& range, int64_t width, Words keys, const fl
   }
 }
 
-// v[i] = i < count ? value : v[i]; count may be more than the lanes are.
-NNFAST_INLINE f32v before(f32v v, int64_t count, float value) {
+// v[i] = i < count ? minus infinity : v[i]; count may be more than the lanes are.
+NNFAST_INLINE f32v hide_first(f32v v, int64_t count) {
   const auto n = (float)std::min(count, kLanes);
 #ifdef NNFAST_AVX512
   const f32v lane = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #else
   const f32v lane = _mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7);
 #endif
-  return blend_negative(lane - n, f32v(value), v);
+  return blend_negative(lane - n, f32v(-INFINITY), v);
 }
 
 // row[j] = what is added to the score of key j: the mask, or minus infinity where a boolean one says no.
@@ -134,12 +134,12 @@ NNFAST_INLINE void add_mask(const Attention& f, int64_t b, int64_t h, const Rang
 }
 
 template <class T>
-NNFAST_INLINE Source<T> head(const Attention::Tensor& t, int64_t b, int64_t h, int64_t row) {
-  return {(const T*)t.p + b * t.strides[0] + h * t.strides[1] + row * t.strides[2], t.strides[2]};
-}
-template <class T>
 NNFAST_INLINE T* row_of(const Attention::Tensor& t, int64_t b, int64_t h, int64_t row) {
   return (T*)t.p + b * t.strides[0] + h * t.strides[1] + row * t.strides[2];
+}
+template <class T>
+NNFAST_INLINE Source<T> head(const Attention::Tensor& t, int64_t b, int64_t h, int64_t row) {
+  return {row_of<T>(t, b, h, row), t.strides[2]};
 }
 
 // ---- forward ----
@@ -166,11 +166,11 @@ NNFAST_INLINE void hide(const Range& range, int64_t column, int64_t rows, float*
   if (range.diagonal)
     for (int64_t j = std::max<int64_t>(0, range.q0 + column + 1 - range.k0); j < rows; ++j) {
       float* s = scores + j * kBlock + column;
-      store(s, before(load(s, Full<f32v>{}), range.k0 + j - range.q0 - column, -INFINITY), Full<f32v>{});
+      store(s, hide_first(load(s, Full<f32v>{}), range.k0 + j - range.q0 - column), Full<f32v>{});
     }
   for (int64_t j = rows; j < groups_of(rows); ++j) store(scores + j * kBlock + column, f32v(-INFINITY), Full<f32v>{});
 }
-NNFAST_INLINE Quad<float> load_rows(const float* p) {
+NNFAST_INLINE Quad<float> load_group(const float* p) {
   constexpr Full<f32v> one;
   return {{load(p, one), load(p + kBlock, one)}, {load(p + 2 * kBlock, one), load(p + 3 * kBlock, one)}};
 }
@@ -210,13 +210,13 @@ NNFAST_INLINE void softmax(
     auto most_of = each_row(most_before);
     int64_t j = 0;
     // A NaN is passed over here, and shows in the sum.
-    for (; j < rows; j += kGroup) most_of = at_least(load_rows(scores + j * kBlock + n), most_of);
+    for (; j < rows; j += kGroup) most_of = at_least(load_group(scores + j * kBlock + n), most_of);
     const f32v most = at_least(at_least(most_of.lo.lo, most_of.lo.hi), at_least(most_of.hi.lo, most_of.hi.hi));
     // Where no key was seen yet, 0 is subtracted instead, and e^(-infinity - 0) = 0.
     const f32v base = blend_negative(most + 3.40282347e38f, f32v(0.0f), most);
     auto total = each_row(0.0f);
     for (j = 0; j < rows; j += kGroup) {
-      const auto e = exp(load_rows(scores + j * kBlock + n) - each_row(base));
+      const auto e = exp(load_group(scores + j * kBlock + n) - each_row(base));
       total = total + e;
       store_across<T>(p, j, n, e);
     }

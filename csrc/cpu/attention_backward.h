@@ -83,8 +83,8 @@ struct BackwardBlocks {
       const auto delta = each_row(load(s.delta + n, Full<f32v>{}));
       int64_t j = 0;
       for (; j < rows; j += kGroup) {
-        const auto p = exp(load_rows(s.scores + j * kBlock + n) - most) * inverse;
-        store_p(j, n, p, p * (load_rows(s.grad_p + j * kBlock + n) - delta));
+        const auto p = exp(load_group(s.scores + j * kBlock + n) - most) * inverse;
+        store_p(j, n, p, p * (load_group(s.grad_p + j * kBlock + n) - delta));
       }
       for (; j < all; j += kGroup) store_p(j, n, each_row(0.0f), each_row(0.0f));
     }

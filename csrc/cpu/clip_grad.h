@@ -44,13 +44,13 @@ NNFAST_INLINE double sum_of_squares(DType dtype, const void* x, int64_t begin, i
   return total;
 }
 
-// top = max(top, |v|), and NaN where either is.
 NNFAST_INLINE f32v magnitude(f32v v) { return abs(v); }
 NNFAST_INLINE f64v magnitude(f64v v) { return maximum(v, -v); }
 template <class V>
 NNFAST_INLINE Pair<V> magnitude(Pair<V> v) {
   return {magnitude(v.lo), magnitude(v.hi)};
 }
+// top = max(top, |v|), and NaN where either is.
 template <class V>
 NNFAST_INLINE void keep_largest(V& top, V v) {
   top = maximum(magnitude(v), top);

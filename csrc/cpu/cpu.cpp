@@ -8,7 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../gate/paths.h"
+#include "../ops/paths.h"
 #include "memory.h"
 
 namespace nnfast {

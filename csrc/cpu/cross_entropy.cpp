@@ -1,7 +1,9 @@
 // Cross-entropy on a CPU, of logits and of what a linear layer makes them of: memory, threads, and the sum over rows.
 // The arithmetic is in cross_entropy.h.
+#include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
+#include <ATen/ceil_div.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
@@ -9,8 +11,8 @@
 
 #include <numeric>
 
-#include "../gate/paths.h"
 #include "../ops/op.h"
+#include "../ops/paths.h"
 #include "cpu.h"
 #include "memory.h"
 #include "product.h"
@@ -28,7 +30,7 @@ struct Logits {
       const Tensor& input, const Tensor& target_, const OptTensor& weight_, int64_t reduction, int64_t ignore_index,
       double label_smoothing, at::ScalarType dtype)
       : acc(at::toOpMathType(input.scalar_type())),
-        size(input.size(input.dim() == 1 ? 0 : 1)),
+        size(input.size(class_dim(input))),
         rows(rows_of(input.dim() > 2 ? input.movedim(1, -1) : input, size, 1)),
         target(target_.contiguous()) {
     const bool covered =
@@ -63,8 +65,12 @@ double sum(const Tensor& t) {
 
 Tensor reduced(const Tensor& losses, int64_t reduction, double total, at::ScalarType type) {
   if (reduction == at::Reduction::None) return losses.to(type);
+  const double value = (losses.scalar_type() == at::kDouble ? sum<double>(losses) : sum<float>(losses)) / total;
   Tensor output = empty({}, type);
-  output.fill_((losses.scalar_type() == at::kDouble ? sum<double>(losses) : sum<float>(losses)) / total);
+  // Past the dtype's range it is infinity, as torch's; fill_() would raise.
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, type, "cross_entropy", [&] {
+    *output.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(value);
+  });
   return output;
 }
 
@@ -189,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_in_blocks(
   check_covered(covered, "linear_cross_entropy");
   const int64_t rows = input.size(0), features = input.size(1), classes = linear_weight.size(0);
   const int64_t at_most = std::max<int64_t>(1, block_bytes / (classes * input.element_size()));
-  const int64_t blocks = std::max<int64_t>(1, (rows + at_most - 1) / at_most), block = (rows + blocks - 1) / blocks;
+  const int64_t blocks = std::max<int64_t>(1, at::ceil_div(rows, at_most)), block = at::ceil_div(rows, blocks);
   const int64_t part = std::max<int64_t>(1, part_bytes / (features * input.element_size()));
   if (blocks > 1) in_blocks.taken();
   const bool each = reduction == at::Reduction::None;

@@ -1,4 +1,5 @@
-// Elementary functions of registers, as math/gelu.h names them. V is any number of float registers.
+// Elementary functions of registers, as math/gelu.h names them. V is any number of registers, of floats where nothing
+// else is said.
 #pragma once
 
 #include "../math/gelu.h"

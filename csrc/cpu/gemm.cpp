@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "../gate/paths.h"
+#include "../ops/paths.h"
 #include "cpu.h"
 #include "memory.h"
 #include "product.h"
@@ -110,7 +110,7 @@ Tensor gemm(at::ScalarType dtype, const Tensor& a_, const Tensor& b_, const OptT
         continue;
       }
       over_depth(whole, [&](const GemmPart& block) {
-        for_each((whole.columns + panel - 1) / panel, [&](int64_t, int64_t i) {
+        for_each(at::ceil_div(whole.columns, panel), [&](int64_t, int64_t i) {
           GemmPart part = block;
           part.column += i * panel, part.columns = std::min(panel, whole.columns - i * panel);
           kernels.gemm_pack(f, part, laid + i * panel * part.depth);

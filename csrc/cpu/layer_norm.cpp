@@ -3,8 +3,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include "../gate/paths.h"
 #include "../ops/op.h"
+#include "../ops/paths.h"
 #include "cpu.h"
 #include "memory.h"
 

@@ -99,6 +99,17 @@ struct RowSum {
   }
 };
 
+// The sum of x / N, for a row whose sum overflowed. Hardly any row does, so it is a function apart.
+template <class T>
+double mean_of_large(const T* x, int64_t size) {
+  using A = acc_t<T>;
+  RowSum<A, 1> s;
+  sweep<A>(size, [&](int64_t i, auto part) NNFAST_LAMBDA {
+    s += load(x + i, part) * typename decltype(part)::vec(A(1) / (A)size);
+  });
+  return s.mean(1).v[0];
+}
+
 template <int R, class T, class W>
 NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
   using A = acc_t<T>;
@@ -111,6 +122,8 @@ NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
     prefetch_rows<R, 2>(x + i, f.input_stride, part);
   });
   PerRow<double, R> mean = s.mean(f.size), rstd;
+  for (int r = 0; r < R; ++r)
+    if (!std::isfinite(mean.v[r])) mean.v[r] = mean_of_large(x + r * f.input_stride, f.size);
 
   RowSum<A, R> s1, s2;
   sweep<A, Columns<A, R>>(f.size, [&](int64_t i, auto part) NNFAST_LAMBDA {
@@ -122,9 +135,11 @@ NNFAST_INLINE void layer_norm_rows(const LayerNormForward& f, int64_t row) {
   });
   const PerRow<double, R> residual = s1.mean(f.size), square = s2.mean(f.size);
   for (int r = 0; r < R; ++r) {
-    // The residual is relative to the mean rounded to A, which is what the subtraction above took.
-    mean.v[r] = (double)A(mean.v[r]) + residual.v[r];
-    rstd.v[r] = reciprocal_std(corrected_variance(square.v[r], residual.v[r]), f.eps);
+    // The residual is relative to the mean rounded to A, which is what the subtraction above took. Of values whose
+    // squares overflow it may not be known: rstd is then 0 in any case.
+    const double rest = square.v[r] == INFINITY ? 0 : residual.v[r];
+    mean.v[r] = (double)A(mean.v[r]) + rest;
+    rstd.v[r] = reciprocal_std(corrected_variance(square.v[r], rest), f.eps);
     ((A*)f.mean)[row + r] = A(mean.v[r]);
     ((A*)f.rstd)[row + r] = A(rstd.v[r]);
   }

@@ -1,8 +1,8 @@
 // Linear on a CPU: which products it takes, and the sum for its bias.
 #include <torch/library.h>
 
-#include "../gate/paths.h"
 #include "../ops/op.h"
+#include "../ops/paths.h"
 #include "cpu.h"
 #include "product.h"
 

@@ -6,8 +6,8 @@
 #include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
-#include "../gate/paths.h"
 #include "../ops/op.h"
+#include "../ops/paths.h"
 #include "cpu.h"
 #include "memory.h"
 #include "product.h"

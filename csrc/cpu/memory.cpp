@@ -16,7 +16,7 @@
 #include <mutex>
 #include <utility>
 
-#include "../gate/paths.h"
+#include "../ops/paths.h"
 
 #ifdef __linux__
 #include <pthread.h>

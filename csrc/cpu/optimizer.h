@@ -30,7 +30,6 @@ template <int n>
 NNFAST_INLINE bits_t right(bits_t a) {
   return _mm512_srli_epi32(a, n);
 }
-NNFAST_INLINE bits_t lane() { return _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0); }
 NNFAST_INLINE bits_t unless_nan(f32v v, bits_t a, bits_t otherwise) {
   return _mm512_mask_mov_epi32(a, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), otherwise);
 }
@@ -52,7 +51,6 @@ template <int n>
 NNFAST_INLINE bits_t right(bits_t a) {
   return _mm256_srli_epi32(a, n);
 }
-NNFAST_INLINE bits_t lane() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 NNFAST_INLINE bits_t unless_nan(f32v v, bits_t a, bits_t otherwise) {
   return _mm256_blendv_epi8(a, otherwise, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
@@ -76,7 +74,7 @@ NNFAST_INLINE void write_master(bf16* p, int16_t* master, f32v v) {
 }
 
 NNFAST_INLINE void write_stochastic(bf16* p, f32v v, uint32_t seed, uint32_t index) {
-  bits_t r = exclusive_or(multiply(add(all(index), lane()), all(0x9e3779b1)), all(seed));
+  bits_t r = exclusive_or(multiply(add(all(index), lane_numbers()), all(0x9e3779b1)), all(seed));
   r = multiply(exclusive_or(r, right<16>(r)), all(0x7feb352d));
   r = multiply(exclusive_or(r, right<15>(r)), all(0x846ca68b));
   const bits_t chance = right<16>(r);
@@ -159,10 +157,13 @@ NNFAST_INLINE auto read_param(const StepTensor& t, int64_t index, Part part) {
 }
 template <bool Exact, class T, class V, class Part>
 NNFAST_INLINE void write_param(const StepTensor& t, int64_t index, V v, Part part) {
-  if constexpr (Exact) return store_master((bf16*)t.param + index, t.master + index, v, part);
-  if constexpr (std::is_same_v<T, bf16> && !Exact)
-    if (t.stochastic) return store_stochastic((bf16*)t.param + index, v, t.seed, (uint32_t)index, part);
-  if constexpr (!Exact) store((T*)t.param + index, v, part);
+  if constexpr (Exact) {
+    store_master((bf16*)t.param + index, t.master + index, v, part);
+  } else {
+    if constexpr (std::is_same_v<T, bf16>)
+      if (t.stochastic) return store_stochastic((bf16*)t.param + index, v, t.seed, (uint32_t)index, part);
+    store((T*)t.param + index, v, part);
+  }
 }
 
 }  // namespace nnfast::NNFAST_ISA

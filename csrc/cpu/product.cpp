@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "../gate/paths.h"
+#include "../ops/paths.h"
 #include "cpu.h"
 #include "memory.h"
 
@@ -128,9 +128,8 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptTensor& bias)
   }
   by_one_dnn.taken();
   // The op reads the strides of input and weight, but takes the bias as dense.
-  const OptTensor dense = defined(bias) ? OptTensor(bias->contiguous()) : std::nullopt;
   return one_dnn()->typed<OneDnnLinear>().call(
-      input, weight, dense, "none", c10::List<std::optional<at::Scalar>>(), "");
+      input, weight, contiguous(bias), "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
 Tensor product_as(at::ScalarType dtype, const Tensor& input, const Tensor& weight) {

@@ -13,9 +13,9 @@ namespace nnfast::NNFAST_ISA {
 #define NNFAST_INLINE static inline __attribute__((always_inline))
 #define NNFAST_MEMBER inline __attribute__((always_inline))
 #define NNFAST_LAMBDA __attribute__((always_inline))
+#else
 // For sanitizers, coverage and mutants: it compiles sooner, and each branch is counted once. Needs -march=native, for
 // functions that are not inlined pass registers as arguments.
-#else
 #define NNFAST_INLINE [[maybe_unused]] static
 #define NNFAST_MEMBER
 #define NNFAST_LAMBDA
@@ -38,9 +38,11 @@ using acc_t = typename acc<T>::type;
 #ifdef NNFAST_AVX512
 NNFAST_INLINE __m512 broadcast(float a) { return _mm512_set1_ps(a); }
 NNFAST_INLINE __m512d broadcast(double a) { return _mm512_set1_pd(a); }
+NNFAST_INLINE __m512i lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 #else
 NNFAST_INLINE __m256 broadcast(float a) { return _mm256_set1_ps(a); }
 NNFAST_INLINE __m256d broadcast(double a) { return _mm256_set1_pd(a); }
+NNFAST_INLINE __m256i lane_numbers() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 #endif
 
 // One register of A. The compilers' own vector types know + - * /; this gives them a namespace, so that the
@@ -246,9 +248,7 @@ NNFAST_INLINE void stream(T* p, f32v v) {
 }
 // Tails: masked loads, for a register that was just put together in memory is slow to load; stores by powers of two,
 // for masked ones take dozens of instructions on AMD. AVX2 has no masked access to 16 bits.
-NNFAST_INLINE __m256i mask_of(Tail<f32v> t) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)t.n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
+NNFAST_INLINE __m256i mask_of(Tail<f32v> t) { return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)t.n), lane_numbers()); }
 NNFAST_INLINE __m256i mask_of(Tail<f64v> t) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(t.n), _mm256_setr_epi64x(0, 1, 2, 3));
 }
@@ -448,10 +448,6 @@ NNFAST_INLINE f32v rounded(f32v v) {
 template <class T, class V>
 NNFAST_INLINE Pair<V> rounded(Pair<V> v) {
   return {rounded<T>(v.lo), rounded<T>(v.hi)};
-}
-template <class T>
-NNFAST_INLINE double rounded(double v) {
-  return v;
 }
 
 // A sum over a run: as many registers as a sweep hands out at a time, which take in a single one too.

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "../gate/paths.h"
 #include "../ops/optimizer.h"
+#include "../ops/paths.h"
 #include "cpu.h"
 
 namespace nnfast {

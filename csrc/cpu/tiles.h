@@ -134,7 +134,7 @@ NNFAST_INLINE void product_by_rows(
 template <int step>
 NNFAST_INLINE void exchange(f32v& a, f32v& b) {
 #ifdef NNFAST_AVX512
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i lane = lane_numbers();
   const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(step));
   const __m512i from = _mm512_mask_add_epi32(lane, upper, lane, _mm512_set1_epi32(16 - step));
   const f32v lo = _mm512_permutex2var_ps(a, from, b);
@@ -232,7 +232,7 @@ NNFAST_INLINE Words by_registers(Source<T> from, int64_t rows, int64_t width, Wo
   const int64_t stride = padded(width);
 #ifdef NNFAST_AVX512_BF16
   if constexpr (kPaired<T>) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lane = lane_numbers();
     // Word d: the upper row's element d above the lower one's.
     const __m512i left = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(32)), 16));
     const __m512i right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
@@ -264,7 +264,7 @@ template <class T>
 NNFAST_INLINE void store_across(float* to, int64_t row, int64_t column, f32v p, f32v q) {
 #ifdef NNFAST_AVX512_BF16
   if constexpr (kPaired<T>) {
-    const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i lane = lane_numbers();
     const __m512i both = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
     _mm512_storeu_si512(
         to + row / 2 * kBlock + column, _mm512_permutexvar_epi16(both, (__m512i)_mm512_cvtne2ps_pbh(q, p)));

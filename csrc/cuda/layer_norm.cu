@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(H::kBlock) layer_norm_fwd_kernel(LayerNormForw
   columns.load(static_cast<const T*>(f.input) + row * f.input_stride, x);
   float sum[1] = {};
 #pragma unroll
-  for (int e = 0; e < E; ++e) sum[0] += x[e];
+  for (int e = 0; e < E; ++e) sum[0] += x[e] * inverse_size;  // the sum of x alone may overflow
   sum_over_threads<H::kThreads>(sum);
-  const float mean = sum[0] * inverse_size;
+  const float mean = sum[0];
 
   float s[2] = {};  // of x - mean and of its square
   columns.each_inside([&](int e) {
@@ -128,10 +128,10 @@ __global__ void __launch_bounds__(kLongBlock)
     load<size()>(x + i, v);
     if (keep) store<size()>(kept + i, v);
 #pragma unroll
-    for (auto a : v) sum[0] += a;
+    for (auto a : v) sum[0] += a * inverse_size;
   });
   sum_over_threads<kLongBlock>(sum);
-  const float mean = sum[0] * inverse_size;
+  const float mean = sum[0];
   if (keep) x = kept;
 
   float s[2] = {};

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "../gate/paths.h"
 #include "../ops/op.h"
+#include "../ops/paths.h"
 #include "../ops/rows.h"
 #include "cuda.h"
 

@@ -2,18 +2,24 @@
 // torch's op, and its answer is kept. So kernels that nobody has tried there, or a bad driver, give no wrong result.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
 #include <array>
 #include <bit>
 
+#include "../ops/op.h"
+
 namespace nnfast {
+
+// plain_thread(), and no function mode, no forward-mode AD. Asks Python.
+bool ordinary_thread();
 
 // No mutex: every caller holds Python's lock.
 class KnownAnswers {
  public:
+  static constexpr size_t kMostOps = 16;
+
   // Sets who answers; null: all kernels count as right. Forgets earlier answers. `on_cpu`, for tests: tries a CPU too.
   void ask(PyObject* whom, bool on_cpu) {
     Py_XINCREF(whom);
@@ -61,7 +67,7 @@ class KnownAnswers {
   };
   PyObject* whom_ = nullptr;
   bool on_cpu_ = false;
-  std::array<std::array<std::array<std::array<Answer, 2>, 3>, 64>, 16> answers_;
+  std::array<std::array<std::array<std::array<Answer, 2>, 3>, 64>, kMostOps> answers_;
 };
 
 }  // namespace nnfast

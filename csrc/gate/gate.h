@@ -6,6 +6,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <string_view>
 #include <utility>
 
 #include "../cpu/cpu.h"
@@ -31,20 +32,6 @@ inline std::optional<Backend> backend_called(const char* name) {
 inline const std::optional<Backend> held_at_first = backend_called(std::getenv("NNFAST_BACKEND"));
 inline thread_local std::optional<Backend> held = held_at_first;
 
-enum Op {
-  kLayerNorm,
-  kGelu,
-  kLinear,
-  kLinearGelu,
-  kCrossEntropy,
-  kLinearCrossEntropy,
-  kAdamW,
-  kSgd,
-  kRMSprop,
-  kTotalNorm,
-  kAttention,
-  kEmbedding
-};
 constexpr std::array kOps = {
     "layer_norm",
     "gelu",
@@ -58,6 +45,14 @@ constexpr std::array kOps = {
     "total_norm",
     "scaled_dot_product_attention",
     "embedding"};
+static_assert(kOps.size() <= KnownAnswers::kMostOps);
+
+using Op = size_t;  // where it stands in kOps
+consteval Op op_called(std::string_view name) {
+  for (Op op = 0; op < kOps.size(); ++op)
+    if (name == kOps[op]) return op;
+  throw "no such op";  // does not compile
+}
 
 // Whose kernels the dispatcher holds at the CUDA key. in_cpp: ours in C++, known when this module is loaded; on_gpu:
 // the same, or Triton's once Python has registered them and said so.
@@ -93,7 +88,7 @@ inline bool unpack_int(PyObject* o, int64_t& out) {
   return PyErr_Occurred() ? (PyErr_Clear(), false) : true;
 }
 
-// A float, or an int of 64 bits. Here and there torch refuses longer ones, and bools.
+// A float, or an int of 64 bits. Bools and longer ints are left to torch, which refuses them in places.
 inline bool unpack_double(PyObject* o, double& out) {
   if (PyFloat_Check(o)) return out = PyFloat_AS_DOUBLE(o), true;
   int64_t whole;

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../ops/optimizer.h"
+#include "../ops/paths.h"
 #include "gate.h"
-#include "paths.h"
 
 namespace nnfast {
 
@@ -75,13 +75,8 @@ class StateReader {
   // Borrowed, or null where the parameter has no state.
   PyObject* of(PyObject* param) {
     PyObject *key, *value;
-    while (!exhausted_) {
-      if (!PyDict_Next(state_, &position_, &key, &value)) {
-        exhausted_ = true;
-        break;
-      }
+    while (PyDict_Next(state_, &position_, &key, &value))
       if (key == param) return PyDict_Check(value) ? value : nullptr;
-    }
     value = PyDict_GetItemWithError(state_, param);
     if (!value && PyErr_Occurred()) throw python_error();
     return value && PyDict_Check(value) ? value : nullptr;
@@ -90,7 +85,6 @@ class StateReader {
  private:
   PyObject* state_;
   Py_ssize_t position_ = 0;
-  bool exhausted_ = false;
 };
 
 // The values of `keys` in a dict, null for one that is missing. A dict is most quickly read in its own order, which is
@@ -102,14 +96,6 @@ inline void look_up(PyObject* dict, PyObject* const* keys, size_t count, PyObjec
     const bool next = PyDict_Next(dict, &position, &key, &value);
     values[i] = next && key == keys[i] ? value : PyDict_GetItem(dict, keys[i]);
   }
-}
-
-inline bool flag(PyObject* group, PyObject* key, bool& out) {
-  PyObject* o = PyDict_GetItem(group, key);
-  const int truth = o ? PyObject_IsTrue(o) : -1;
-  if (truth < 0) return PyErr_Clear(), false;
-  out = truth;
-  return true;
 }
 
 inline bool number(PyObject* o, double& out) {
@@ -175,8 +161,12 @@ inline bool numbers(PyObject* group, std::initializer_list<std::pair<PyObject*, 
   return true;
 }
 inline bool flags(PyObject* group, std::initializer_list<std::pair<PyObject*, bool*>> wanted) {
-  for (const auto& [key, out] : wanted)
-    if (!flag(group, key, *out)) return false;
+  for (const auto& [key, out] : wanted) {
+    PyObject* o = PyDict_GetItem(group, key);
+    const int truth = o ? PyObject_IsTrue(o) : -1;
+    if (truth < 0) return PyErr_Clear(), false;
+    *out = truth;
+  }
   return true;
 }
 
@@ -254,10 +244,6 @@ inline bool read_options(PyObject* group, Group<RMSpropCall>& out) {
 
 // ---- the parameters of a group ----
 
-inline Op gate_of(const AdamWCall&) { return kAdamW; }
-inline Op gate_of(const SgdCall&) { return kSgd; }
-inline Op gate_of(const RMSpropCall&) { return kRMSprop; }
-
 // Whether the CUDA kernels cover it: only the CPU kernels know masters and stochastic rounding.
 inline bool covers_on_gpu(const AdamWCall& a, bool master) { return !master && !a.rounding_seed; }
 template <class Call>
@@ -279,6 +265,8 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
   if (!plain) {
     THPObjectPtr g(THPVariable_Wrap(whole_grad));
     if (!is_whole(p) || !(param = shard(p, p)) || !(grad = shard(g, p))) return false;
+  } else if (PyObject* g = whole_grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj(); g && !is_plain(g)) {
+    return false;  // a subclass, which Python may have given functions of its own
   }
   // The keys, in the order in which torch's optimizer makes the entries: look_up() is fastest in the dict's own.
   std::array<bool, kLists> wanted = out.wanted;
@@ -304,7 +292,7 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
   const Tensor* low = nullptr;
   for (size_t k = 0, next = kSteps; k < kLists; ++k)
     if (wanted[k]) (k == Call::kMaster ? low : state[k]) = found[next++];
-  if (!served(gate_of(out.call), *param) || !ordinary(*param) || !ordinary(*grad) ||
+  if (!served(op_called(Call::kName), *param) || !ordinary(*param) || !ordinary(*grad) ||
       !covers_step(*param, *grad, state, low, step))
     return false;
   if (!param->is_cpu() &&
@@ -340,9 +328,8 @@ bool read_param(PyObject* p, StateReader& states, bool exact, Group<Call>& out) 
   return true;
 }
 
-// Everything the update needs, read afresh: nothing is kept from step to step, so nothing can be out of date. `exact`:
-// whether bfloat16 parameters have masters; `skipped`: null, or a set of parameters. False where the group cannot be
-// read at all.
+// The lists of a group. `exact`: whether bfloat16 parameters have masters; `skipped`: null, or a set of parameters.
+// False where the group cannot be read at all.
 template <class Call>
 bool read_group(PyObject* group, StateReader& states, bool exact, PyObject* skipped, Group<Call>& out) {
   if (!PyDict_Check(group)) return false;

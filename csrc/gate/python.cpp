@@ -1,8 +1,7 @@
 // The extension module nnfast._C_<torch's minor version>: the gate, and behind it a short way from Python to the ops.
 //
-// layer_norm, gelu, linear, linear_gelu, cross_entropy, linear_cross_entropy, embedding, scaled_dot_product_attention:
-// the result, or None where the call is torch's. adamw_, sgd_, rmsprop_: True, or False where nothing was done, or what
-// is left to torch. A plain C function costs about a microsecond less a call than torch.ops, which parses a schema.
+// The ops' functions give the result, or None where the call is torch's. A plain C function costs about a microsecond
+// less a call than torch.ops, which parses a schema.
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Reduction.h>
@@ -14,22 +13,21 @@
 #include <limits>
 
 #include "../cpu/memory.h"
+#include "../ops/paths.h"
 #include "gate.h"
 #include "optimizer.h"
-#include "paths.h"
 
 namespace nnfast {
 
 // Whether forward-mode AD is at work. Asking a tensor for its tangent takes a lock; this asks for the current level,
 // without which no tensor has one.
 static bool has_dual_level() {
-  static PyObject* const key = interned("_current_level");
   static PyObject* const names = []() -> PyObject* {
     PyObject* module = PyImport_ImportModule("torch.autograd.forward_ad");
     if (!module) throw python_error();
     return PyModule_GetDict(module);
   }();
-  PyObject* level = PyDict_GetItem(names, key);
+  PyObject* level = PyDict_GetItem(names, NNFAST_KEY("_current_level"));
   return !level || !PyLong_Check(level) || PyLong_AsLong(level) >= 0;
 }
 
@@ -49,7 +47,8 @@ bool unpack_reduction(PyObject* o, int64_t& out) {
   return name == "none" || name == "mean" || name == "sum";
 }
 
-// Whether the op is open to tensors of ours alone; `size` as KnownAnswers takes it.
+// Whether this is plain eager execution on plain tensors, and a kernel of ours serves the op where they are; `size` as
+// KnownAnswers takes it.
 template <class... T>
 bool open_to(Op op, int64_t size, const Tensor& first, const T&... others) {
   return ordinary_thread() && served(op, first, size) && ordinary(first) && (ordinary(others) && ...);
@@ -73,9 +72,9 @@ bool torch_activates_sooner(const Tensor& input) {
   return !held && input.is_cpu() && input.scalar_type() == at::kDouble;
 }
 
-// With AVX-512, 16 classes in float32, a register a row: torch's loss took 0.9 of our time. Measured before a lane
-// became a row of few classes, and not since.
-bool torch_counts_sooner(const Tensor& input) {
+// With AVX-512, 16 classes in float32, a register a row: torch's loss took 0.9 of our time. Measured before few
+// classes had kernels of their own (cross_entropy_few), and not since.
+bool torch_takes_the_loss_sooner(const Tensor& input) {
   return !held && input.scalar_type() == at::kFloat && input.dim() == 2 && input.size(1) == 16 && input.is_cpu() &&
          cpu_kernels()->avx512;
 }
@@ -87,7 +86,6 @@ bool torch_attends_sooner(const Tensor& query, const Tensor& key, const Tensor& 
          !any_needs_grad(query, key, value) && !at::autocast::is_autocast_enabled(at::kCPU);
 }
 
-// layer_norm(input, normalized_shape, weight, bias, eps)
 PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 5) return wrong_arguments("layer_norm(input, normalized_shape, weight, bias, eps)");
@@ -99,19 +97,20 @@ PyObject* py_layer_norm(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor& input = THPVariable_Unpack(args[0]);
   const OptTensor weight = optional_tensor(args[2]), bias = optional_tensor(args[3]);
   const int64_t size = c10::multiply_integers(shape);
-  if (!open_to(kLayerNorm, size, input, weight, bias) || !covers_layer_norm(input, shape, weight, bias)) Py_RETURN_NONE;
+  if (!open_to(op_called("layer_norm"), size, input, weight, bias) || !covers_layer_norm(input, shape, weight, bias))
+    Py_RETURN_NONE;
   return output_of([&] { return std::get<0>(layer_norm(input, c10::fromIntArrayRefSlow(shape), weight, bias, eps)); });
   END_HANDLE_TH_ERRORS
 }
 
-// gelu(input, approximate)
 PyObject* py_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 2) return wrong_arguments("gelu(input, approximate)");
   c10::string_view approximate;
   if (!is_plain(args[0]) || !unpack_string(args[1], approximate)) Py_RETURN_NONE;
   const Tensor& input = THPVariable_Unpack(args[0]);
-  if (!open_to(kGelu, 1, input) || !covers_gelu(input, approximate) || torch_activates_sooner(input)) Py_RETURN_NONE;
+  if (!open_to(op_called("gelu"), 1, input) || !covers_gelu(input, approximate) || torch_activates_sooner(input))
+    Py_RETURN_NONE;
   return output_of([&] { return nnfast::gelu(input, approximate); });
   END_HANDLE_TH_ERRORS
 }
@@ -126,20 +125,19 @@ bool gains(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
          at::isReducedFloatingType(cast ? at::autocast::get_autocast_dtype(device) : input.scalar_type());
 }
 
-// linear(input, weight, bias)
 PyObject* py_linear(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 3) return wrong_arguments("linear(input, weight, bias)");
   if (!is_plain(args[0]) || !is_plain(args[1]) || !is_plain_or_none(args[2])) Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
-  if (!gains(input, weight, bias) || !open_to(kLinear, 1, input, weight, bias) || !covers_linear(input, weight, bias))
+  if (!gains(input, weight, bias) || !open_to(op_called("linear"), 1, input, weight, bias) ||
+      !covers_linear(input, weight, bias))
     Py_RETURN_NONE;
   return output_of([&] { return nnfast::linear(input, weight, bias); });
   END_HANDLE_TH_ERRORS
 }
 
-// linear_gelu(input, weight, bias, approximate)
 PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 4) return wrong_arguments("linear_gelu(input, weight, bias, approximate)");
@@ -148,13 +146,13 @@ PyObject* py_linear_gelu(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   const OptTensor bias = optional_tensor(args[2]);
-  if (!open_to(kLinearGelu, 1, input, weight, bias) || !covers_linear_gelu(input, weight, bias, approximate))
+  if (!open_to(op_called("linear_gelu"), 1, input, weight, bias) ||
+      !covers_linear_gelu(input, weight, bias, approximate))
     Py_RETURN_NONE;
   return output_of([&] { return std::get<0>(linear_gelu(input, weight, bias, approximate, /*want_pre=*/false)); });
   END_HANDLE_TH_ERRORS
 }
 
-// cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
 PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 6)
@@ -166,8 +164,8 @@ PyObject* py_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   const Tensor &input = THPVariable_Unpack(args[0]), &target = THPVariable_Unpack(args[1]);
   const OptTensor weight = optional_tensor(args[2]);
-  if (!open_to(kCrossEntropy, 1, input, target, weight) ||
-      !covers_cross_entropy(input, target, weight, ignore_index, label_smoothing) || torch_counts_sooner(input))
+  if (!open_to(op_called("cross_entropy"), 1, input, target, weight) ||
+      !covers_cross_entropy(input, target, weight, ignore_index, label_smoothing) || torch_takes_the_loss_sooner(input))
     Py_RETURN_NONE;
   return output_of(
       [&] { return std::get<0>(cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing)); });
@@ -184,14 +182,13 @@ PyObject* py_embedding(PyObject*, PyObject* const* args, Py_ssize_t count) {
     Py_RETURN_NONE;
   const Tensor &indices = THPVariable_Unpack(args[0]), &weight = THPVariable_Unpack(args[1]);
   if (args[2] != Py_None && padding_idx < 0 && weight.dim() > 0) padding_idx += weight.size(0);
-  if (!open_to(kEmbedding, 1, weight, indices) || !covers_embedding(weight, indices, padding_idx) ||
+  if (!open_to(op_called("embedding"), 1, weight, indices) || !covers_embedding(weight, indices, padding_idx) ||
       (args[2] != Py_None && padding_idx < 0))
     Py_RETURN_NONE;
   return output_of([&] { return nnfast::embedding(weight, indices, padding_idx, args[3] == Py_True); });
   END_HANDLE_TH_ERRORS
 }
 
-// scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale, enable_gqa)
 PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 7)
@@ -208,16 +205,15 @@ PyObject* py_attention(PyObject*, PyObject* const* args, Py_ssize_t count) {
   const Tensor &query = THPVariable_Unpack(args[0]), &key = THPVariable_Unpack(args[1]),
                &value = THPVariable_Unpack(args[2]);
   const OptTensor mask = optional_tensor(args[3]);
-  if (!open_to(kAttention, 1, query, key, value, mask) || !covers_attention(query, key, value, mask, is_causal) ||
-      torch_attends_sooner(query, key, value) || !allowed_attention(query, key, value, mask) ||
-      (query.size(1) != key.size(1) && args[6] != Py_True))
+  if (!open_to(op_called("scaled_dot_product_attention"), 1, query, key, value, mask) ||
+      !covers_attention(query, key, value, mask, is_causal) || torch_attends_sooner(query, key, value) ||
+      !allowed_attention(query, key, value, mask) || (query.size(1) != key.size(1) && args[6] != Py_True))
     Py_RETURN_NONE;
   return output_of(
       [&] { return std::get<0>(scaled_dot_product_attention(query, key, value, mask, is_causal, scale)); });
   END_HANDLE_TH_ERRORS
 }
 
-// linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, reduction, label_smoothing)
 PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != 8)
@@ -233,7 +229,7 @@ PyObject* py_linear_cross_entropy(PyObject*, PyObject* const* args, Py_ssize_t c
   const Tensor &input = THPVariable_Unpack(args[0]), &linear_weight = THPVariable_Unpack(args[1]);
   const Tensor& target = THPVariable_Unpack(args[2]);
   const OptTensor linear_bias = optional_tensor(args[3]), weight = optional_tensor(args[4]);
-  if (!open_to(kLinearCrossEntropy, 1, input, linear_weight, target, linear_bias, weight) ||
+  if (!open_to(op_called("linear_cross_entropy"), 1, input, linear_weight, target, linear_bias, weight) ||
       !covers_linear_cross_entropy(input, linear_weight, target, linear_bias, weight, ignore_index, label_smoothing))
     Py_RETURN_NONE;
   return output_of([&] {
@@ -251,7 +247,7 @@ template <class Hold, class Call>
 auto run(int64_t elements, Hold hold, Call call) {
   if (elements < release_gil) return call();
   gil_released.taken();
-  const auto held = hold();
+  const auto kept = hold();
   const pybind11::gil_scoped_release no_gil;
   return call();
 }
@@ -296,7 +292,16 @@ PyObject* py_step(PyObject*, PyObject* const* args, Py_ssize_t count) {
     }
     return left.release().ptr();
   }
-  for (auto& g : groups) run(g.elements, [&] { return g.held(); }, [&] { g.step(); });
+  int64_t elements = 0;
+  for (const auto& g : groups) elements += g.elements;
+  const auto hold = [&] {
+    std::vector<std::vector<Tensor>> kept;
+    for (const auto& g : groups) kept.push_back(g.held());
+    return kept;
+  };
+  run(elements, hold, [&] {
+    for (auto& g : groups) g.step();
+  });
   Py_RETURN_TRUE;
   END_HANDLE_TH_ERRORS
 }
@@ -309,7 +314,7 @@ bool read_tensors(PyObject* list, Borrowed& out) {
     PyObject* o = PyList_GET_ITEM(list, i);
     if (!is_plain(o)) return false;
     const Tensor& t = THPVariable_Unpack(o);
-    if (!served(kTotalNorm, t) || !ordinary(t) || !covers_clip(t)) return false;
+    if (!served(op_called("total_norm"), t) || !ordinary(t) || !covers_clip(t)) return false;
     if (i && t.device() != out.tensors()[0].device()) return false;
     out.add(t);
   }
@@ -532,7 +537,7 @@ PyMODINIT_FUNC NNFAST_INIT() {
   auto& dispatcher = c10::Dispatcher::singleton();
   for (size_t op = 0; op < kOps.size(); ++op) {
     // Of a Linear on a GPU, gelu_linear_backward is all that is ours: where it has a kernel, the Linear is served.
-    const auto name = std::string("nnfast::") + (op == kLinear ? "gelu_linear_backward" : kOps[op]);
+    const auto name = std::string("nnfast::") + (op == op_called("linear") ? "gelu_linear_backward" : kOps[op]);
     const auto handle = dispatcher.findSchemaOrThrow(name.c_str(), "");
     const bool there = handle.hasKernelForDispatchKey(c10::DispatchKey::CUDA);
     on_gpu[op] = in_cpp[op] = there ? Backend::cuda : Backend::torch;

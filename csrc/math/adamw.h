@@ -37,7 +37,7 @@ struct AdamWStep {
 
   // power1, power2: the betas to the power of t, the number of the step.
   NNFAST_FN AdamWStep(A lr, A beta1, A beta2, A eps, A weight_decay, A power1, A power2, bool decoupled = true)
-      : decay(decoupled ? A(1) - lr * weight_decay : A(1)),
+      : decay(decoupled && weight_decay != A(0) ? A(1) - lr * weight_decay : A(1)),
         l2(decoupled ? A(0) : weight_decay),
         one_minus_beta1(A(1) - beta1),
         beta2(beta2),
@@ -52,7 +52,7 @@ struct AdamWStep {
 template <class V>
 NNFAST_FN void adamw_moments(V grad, V& exp_avg, V& exp_avg_sq, const AdamWStep<V>& s) {
   exp_avg = exp_avg + (grad - exp_avg) * s.one_minus_beta1;
-  exp_avg_sq = exp_avg_sq * s.beta2 + grad * grad * s.one_minus_beta2;
+  exp_avg_sq = exp_avg_sq * s.beta2 + grad * s.one_minus_beta2 * grad;  // g^2 alone overflows sooner
 }
 
 template <class V>

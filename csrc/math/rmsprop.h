@@ -32,7 +32,7 @@ struct RMSpropStep {
 
 template <class V>
 NNFAST_FN V rmsprop_square_avg(V grad, V square_avg, const RMSpropStep<V>& s) {
-  return square_avg * s.alpha + grad * grad * s.one_minus_alpha;
+  return square_avg * s.alpha + grad * s.one_minus_alpha * grad;  // g^2 alone overflows sooner
 }
 
 template <class V>

@@ -11,7 +11,7 @@
 
 #include <cmath>
 
-#include "../gate/autograd.h"
+#include "autograd.h"
 #include "op.h"
 
 namespace nnfast {
@@ -172,7 +172,7 @@ struct ScaledDotProductAttention {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
+    if (!grads[0].defined()) return variable_list(3);
     const auto& mask = saved[3];
     const BackwardWay way(grads[0], saved[0]);
     const auto backward = way.choose(scaled_dot_product_attention_backward, attention_backward_aten);
@@ -185,10 +185,10 @@ struct ScaledDotProductAttention {
 };
 
 // What is kept of a mask. Torch makes numbers of a boolean one, so that whoever owns it may change it afterwards, for
-// the next layer say: it is copied, but once where it is broadcast.
-Tensor kept(const OptTensor& mask) {
+// the next layer say: it is copied, but once where it is broadcast. `copied`: in any case.
+Tensor kept(const OptTensor& mask, bool copied) {
   if (!defined(mask)) return Tensor();
-  if (mask->scalar_type() != at::kBool || !ordinary(*mask)) return *mask;
+  if (!(copied || mask->scalar_type() == at::kBool) || !ordinary(*mask)) return *mask;
   Tensor once = *mask;
   for (int64_t d = 0; d < mask->dim(); ++d)
     if (mask->stride(d) == 0) once = once.narrow(d, 0, 1);
@@ -200,9 +200,12 @@ std::tuple<Tensor, Tensor> attention_autograd(
     std::optional<double> scale) {
   Tensor mask;
   const bool recorded = any_needs_grad(query, key, value);
+  // Where torch makes the call up of several ops, these keep products of all but the value: the rest may be changed.
+  const bool copied = recorded && !torch_fuses(query, key, value, attn_mask);
+  const auto saved = [&](const Tensor& t) { return copied ? t.clone() : t; };
   const auto forward = [&] {
     at::AutoDispatchBelowADInplaceOrView guard;
-    if (recorded) mask = kept(attn_mask);
+    if (recorded) mask = kept(attn_mask, copied);
     return scaled_dot_product_attention(query, key, value, attn_mask, is_causal, scale);
   };
   if (!recorded) return forward();
@@ -210,7 +213,7 @@ std::tuple<Tensor, Tensor> attention_autograd(
   node->ctx_.saved_data["is_causal"] = is_causal;
   node->ctx_.saved_data["scale"] = scale;
   auto out = forward();
-  record(node, std::get<0>(out), {query, key, value, mask, std::get<0>(out), std::get<1>(out)});
+  record(node, std::get<0>(out), {saved(query), saved(key), value, mask, saved(std::get<0>(out)), std::get<1>(out)});
   return out;
 }
 
@@ -221,9 +224,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_autograd(
   if (any_needs_grad(grad_out, query, key, value) || has_tangent(grad_out))
     return attention_backward_aten(
         grad_out, query, key, value, attn_mask, output, stats, is_causal, scale, output_mask);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return scaled_dot_product_attention_backward(
-      grad_out, query, key, value, attn_mask, output, stats, is_causal, scale, output_mask);
+  return below_autograd(
+      scaled_dot_product_attention_backward, grad_out, query, key, value, attn_mask, output, stats, is_causal, scale,
+      output_mask);
 }
 
 // ---- autocast: the lower precision, as torch lists it ----

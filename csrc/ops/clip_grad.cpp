@@ -55,8 +55,7 @@ Tensor total_norm_meta(at::TensorList tensors, double) {
   return at::empty({}, tensors[0].options().dtype(at::kDouble));
 }
 Tensor total_norm_autograd(at::TensorList tensors, double norm_type) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return total_norm(tensors, norm_type);
+  return below_autograd(total_norm, tensors, norm_type);
 }
 void scale_meta(at::TensorList, double) {}
 std::tuple<Tensor, Tensor> clip_coef_meta(at::TensorList tensors, double, const OptTensor&) {
@@ -64,25 +63,14 @@ std::tuple<Tensor, Tensor> clip_coef_meta(at::TensorList tensors, double, const 
   return {at::empty({}, options.dtype(norm_dtype(tensors))), at::empty({}, options.dtype(at::kFloat))};
 }
 std::tuple<Tensor, Tensor> clip_coef_autograd(at::TensorList tensors, double max_norm, const OptTensor& grad_scale) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return clip_coef(tensors, max_norm, grad_scale);
+  return below_autograd(clip_coef, tensors, max_norm, grad_scale);
 }
 void scale_by_meta(at::TensorList, const Tensor&) {}
 void scale_by_autograd(at::TensorList tensors, const Tensor& factor) {
-  check_in_place(tensors);
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    scale_by_(tensors, factor);
-  }
-  count_version(tensors);
+  in_place(tensors, [&] { scale_by_(tensors, factor); });
 }
 void scale_autograd(at::TensorList tensors, double factor) {
-  check_in_place(tensors);
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    scale_(tensors, factor);
-  }
-  count_version(tensors);
+  in_place(tensors, [&] { scale_(tensors, factor); });
 }
 
 }  // namespace

@@ -1,7 +1,6 @@
 // The contract of cross-entropy: schema, which calls are covered, shapes, autograd, autocast. On a CPU.
 #include <ATen/OpMathType.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Reduction.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
@@ -12,8 +11,9 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include "../gate/autograd.h"
+#include "autograd.h"
 #include "op.h"
+#include "optimizer.h"
 
 namespace nnfast {
 
@@ -83,9 +83,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
       grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
       output_mask);
 }
-
-// The dimension of the classes.
-static int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 
 std::optional<double> total_weight(
     const Tensor& target, const OptTensor& weight, int64_t classes, int64_t ignore_index) {
@@ -283,10 +280,12 @@ struct CrossEntropy {
   static constexpr bool is_traceable = false;
 
   // torch keeps the logarithms of the probabilities, and whoever holds the logits may change them. We keep the logits,
-  // and see in most cases that they were changed. What a hook of saved tensors gives instead lies elsewhere and may be
-  // less exact: nothing is compared then.
+  // and see in most cases that they were changed. What a hook of saved tensors gives instead has another storage and
+  // may be less exact: nothing is compared then. (An address may be that of freed logits once more.)
   struct Node : OpNode<CrossEntropy> {
-    const void* logits = nullptr;
+    std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> logits;
+
+    bool kept(const Tensor& t) const { return logits && logits->lock().get() == t.storage().unsafeGetStorageImpl(); }
   };
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
@@ -300,7 +299,7 @@ struct CrossEntropy {
     const bool may_overwrite = last && way.unseen() && ordinary(saved[0]) && saved[0].is_contiguous() &&
                                saved[0].storage().resizable() && saved[0].dim() <= 2;
     const auto* const node = running_node<Node>();
-    const bool check_input = node && ordinary(saved[0]) && node->logits == saved[0].const_data_ptr();
+    const bool check_input = node && ordinary(saved[0]) && node->kept(saved[0]);
     const auto call = [&](const auto& f) {
       return f(grads[0], saved[0], saved[1], saved[2], saved[3], reduction, ignore_index, label_smoothing, check_input);
     };
@@ -323,13 +322,12 @@ std::tuple<Tensor, Tensor> cross_entropy_autograd(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t reduction, int64_t ignore_index,
     double label_smoothing, std::optional<at::ScalarType> dtype) {
   const auto forward = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return cross_entropy(input, target, weight, reduction, ignore_index, label_smoothing, dtype);
+    return below_autograd(cross_entropy, input, target, weight, reduction, ignore_index, label_smoothing, dtype);
   };
   if (!any_needs_grad(input)) return forward();
   const auto node = make_node<CrossEntropy, CrossEntropy::Node>(input);
   auto out = forward();
-  if (ordinary(input)) node->logits = input.const_data_ptr();
+  if (ordinary(input)) node->logits = input.storage().getWeakStorageImpl();
   Options{reduction, ignore_index, label_smoothing}.keep(node->ctx_);
   record(node, std::get<0>(out), {input, std::get<1>(out), target, weight.value_or(Tensor())});
   return out;
@@ -341,9 +339,9 @@ Tensor cross_entropy_backward_autograd(
   if (any_needs_grad(grad_out, input) || has_tangent(grad_out))
     return cross_entropy_backward_aten(
         grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing, check_input);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return cross_entropy_backward(
-      grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing, check_input);
+  return below_autograd(
+      cross_entropy_backward, grad_out, input, stats, target, weight, reduction, ignore_index, label_smoothing,
+      check_input);
 }
 
 struct LinearCrossEntropy {
@@ -368,21 +366,21 @@ struct LinearCrossEntropy {
     // They were computed for a grad_out of 1. The last backward may scale them in place, but for those that somebody
     // else holds too, such as a hook that packed them: of these it returns copies.
     variable_list out(saved.begin() + 5, saved.end());
-    const Tensor factor = grad_out.to(saved[0].scalar_type());  // so that nothing is allocated when it is used below
-    const auto scaled = [&](const Tensor& grad) { return grad.defined() ? grad * factor : grad; };
+    // grad_out is of float beside gradients in 16 bits, and is not rounded to them: every element would be off alike.
+    const auto scaled = [&](const Tensor& grad) { return grad.defined() ? grad * grad_out : grad; };
     if (!last || !way.unseen()) {
       for (Tensor& grad : out) grad = scaled(grad);
       return out;
     }
-    const bool one = grad_out.item<double>() == 1;
+    const double factor = grad_out.item<double>();
     let_go(*last);
     saved.resize(5);
     std::vector<bool> alone;
-    for (const Tensor& grad : out) alone.push_back(!grad.defined() || seen_by_nobody_else(grad));
+    for (const Tensor& grad : out) alone.push_back(!grad.defined() || (covers_clip(grad) && seen_by_nobody_else(grad)));
     variable_list copies(3);
     try {
       for (int i = 0; i < 3; ++i)
-        if (!alone[i]) copies[i] = one ? out[i].clone() : scaled(out[i]);
+        if (!alone[i]) copies[i] = factor == 1 ? out[i].clone() : scaled(out[i]);
     } catch (...) {
       saved.insert(saved.end(), out.begin(), out.end());
       put_back(*last, saved);
@@ -392,7 +390,9 @@ struct LinearCrossEntropy {
       if (!alone[i])
         out[i] = copies[i];
       else if (out[i].defined())
-        out[i] = one ? out[i].detach() : out[i].detach().mul_(factor);
+        out[i] = out[i].detach();
+      // Takes no memory, which could run out.
+      if (alone[i] && out[i].defined() && factor != 1) scale_(out[i], factor);
     }
     return out;
   }
@@ -408,10 +408,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_autograd(
   if (differentiable && reduction != at::Reduction::None && input.scalar_type() != at::kHalf)
     output_mask = {any_needs_grad(input), any_needs_grad(linear_weight), any_needs_grad(linear_bias)};
   const auto forward = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_cross_entropy(
-        input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing, dtype,
-        output_mask);
+    return below_autograd(
+        linear_cross_entropy, input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+        label_smoothing, dtype, output_mask);
   };
   if (!differentiable) return forward();
   const auto node = make_node<LinearCrossEntropy>(input, linear_weight, linear_bias);
@@ -432,10 +431,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward_autograd(
     return linear_cross_entropy_backward_aten(
         grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
         output_mask);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return linear_cross_entropy_backward(
-      grad_out, input, linear_weight, target, linear_bias, weight, reduction, ignore_index, label_smoothing,
-      output_mask);
+  return below_autograd(
+      linear_cross_entropy_backward, grad_out, input, linear_weight, target, linear_bias, weight, reduction,
+      ignore_index, label_smoothing, output_mask);
 }
 
 // ---- autocast: float, as torch lists cross_entropy_loss on a CPU; the copy in float is never made ----

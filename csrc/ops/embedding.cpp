@@ -1,15 +1,14 @@
 // The contract of Embedding: schema, which calls are covered, autograd. The arithmetic is torch's; what is ours is the
 // memory of the gradient. It is as large as the table and mostly zeros, and mapped afresh at every step it costs a page
 // fault for every 4 KB of them, several times what writing them takes.
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/embedding.h>
 #include <ATen/ops/embedding_dense_backward.h>
 #include <torch/library.h>
 
 #include "../cpu/memory.h"
-#include "../gate/autograd.h"
-#include "../gate/paths.h"
+#include "autograd.h"
 #include "op.h"
+#include "paths.h"
 
 namespace nnfast {
 
@@ -60,10 +59,7 @@ struct Embedding {
 
 Tensor embedding_autograd(
     const Tensor& weight, const Tensor& indices, c10::SymInt padding_idx, bool scale_grad_by_freq) {
-  const Tensor output = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return nnfast::embedding(weight, indices, padding_idx, scale_grad_by_freq);
-  }();
+  const Tensor output = below_autograd(nnfast::embedding, weight, indices, padding_idx, scale_grad_by_freq);
   if (!any_needs_grad(weight)) return output;
   const auto node = make_node<Embedding>(weight);
   node->ctx_.saved_data["rows"] = weight.sym_size(0);

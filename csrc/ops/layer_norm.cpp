@@ -1,13 +1,12 @@
 // The contract of LayerNorm: schema, which calls are covered, shapes, autograd, autocast.
 #include <ATen/OpMathType.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/native/layer_norm.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/native_layer_norm_backward.h>
 #include <torch/library.h>
 
-#include "../gate/autograd.h"
+#include "autograd.h"
 #include "op.h"
 
 namespace nnfast {
@@ -73,7 +72,7 @@ std::pair<int64_t, int64_t> check_layer_norm(
 }
 
 std::optional<at::ScalarType> float_beside(const Tensor& input, const Tensor& output) {
-  const bool wide = at::isReducedFloatingType(input.scalar_type()) && output.scalar_type() == at::kFloat;
+  const bool wide = half_dtype(input.scalar_type()) && output.scalar_type() == at::kFloat;
   return wide ? std::optional(at::kFloat) : std::nullopt;
 }
 
@@ -155,7 +154,7 @@ struct LayerNorm {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const auto &input = saved[0], &stats = saved[1], &weight = saved[2], &bias = saved[3];
-    if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
+    if (!grads[0].defined()) return variable_list(3);
     const BackwardWay way(grads[0], input);
     auto [grad_input, grad_weight, grad_bias] = way.choose(layer_norm_backward, layer_norm_backward_aten)(
         grads[0], input, normalized_shape_of(input, stats, weight, bias), stats, weight, bias,
@@ -167,10 +166,7 @@ struct LayerNorm {
 std::tuple<Tensor, Tensor> layer_norm_autograd(
     const Tensor& input, c10::SymIntArrayRef normalized_shape, const OptTensor& weight, const OptTensor& bias,
     double eps, std::optional<at::ScalarType> dtype) {
-  const auto forward = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return layer_norm(input, normalized_shape, weight, bias, eps, dtype);
-  };
+  const auto forward = [&] { return below_autograd(layer_norm, input, normalized_shape, weight, bias, eps, dtype); };
   if (!any_needs_grad(input, weight, bias)) return forward();
   const auto node = make_node<LayerNorm>(input, weight, bias);
   auto out = forward();
@@ -188,8 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(
     const OptTensor& weight, const OptTensor& bias, std::array<bool, 3> output_mask) {
   if (any_needs_grad(grad_out, input, weight) || has_tangent(grad_out))
     return layer_norm_backward_aten(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return layer_norm_backward(grad_out, input, normalized_shape, stats, weight, bias, output_mask);
+  return below_autograd(layer_norm_backward, grad_out, input, normalized_shape, stats, weight, bias, output_mask);
 }
 
 // ---- autocast: float32 on CUDA, as torch lists layer_norm there; not listed on a CPU ----
@@ -201,7 +196,7 @@ std::tuple<Tensor, Tensor> layer_norm_autocast_cuda(
     double eps, std::optional<at::ScalarType> dtype) {
   c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCUDA);
   const auto cast = [](const auto& t) { return at::autocast::cached_cast(at::kFloat, t, at::kCUDA); };
-  if (at::isReducedFloatingType(input.scalar_type())) dtype = at::kFloat;
+  if (half_dtype(input.scalar_type())) dtype = at::kFloat;
   return layer_norm(input, normalized_shape, cast(weight), cast(bias), eps, dtype);
 }
 

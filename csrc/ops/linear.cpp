@@ -7,7 +7,7 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-#include "../gate/paths.h"
+#include "paths.h"
 
 namespace nnfast {
 
@@ -135,10 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_aten(
 Path sums_found("linear_backward.sums_found"), worked_ahead("linear_backward.gelu_worked_ahead");
 
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptTensor& bias) {
-  const Tensor output = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return nnfast::linear(input, weight, bias);
-  }();
+  const Tensor output = below_autograd(nnfast::linear, input, weight, bias);
   if (any_needs_grad(input, weight, bias))
     record_linear(output, input, weight, bias, input, weight, at::isReducedFloatingType(input.scalar_type()));
   return output;
@@ -149,8 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_autograd(
     std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype) {
   if (any_needs_grad(grad_out, input, weight) || has_tangent(grad_out))
     return linear_backward_aten(grad_out, input, weight, output_mask, dtype, input_dtype);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return nnfast::linear_backward(grad_out, input, weight, output_mask, dtype, input_dtype);
+  return below_autograd(nnfast::linear_backward, grad_out, input, weight, output_mask, dtype, input_dtype);
 }
 
 // ---- autocast: the lower precision, as torch lists linear ----
@@ -162,10 +158,7 @@ Tensor linear_autocast_cpu(const Tensor& input, const Tensor& weight, const OptT
   const c10::impl::ExcludeDispatchKeyGuard guard(c10::DispatchKey::AutocastCPU);
   const auto x = autocast_to_lower(input, at::kCPU), w = autocast_to_lower(weight, at::kCPU);
   const auto b = autocast_to_lower(bias, at::kCPU);
-  const Tensor output = [&] {
-    at::AutoDispatchBelowADInplaceOrView below;
-    return nnfast::linear(x, w, b);
-  }();
+  const Tensor output = below_autograd(nnfast::linear, x, w, b);
   if (any_needs_grad(input, weight, bias)) record_linear(output, input, weight, bias, x, w);
   return output;
 }
@@ -208,17 +201,17 @@ variable_list Linear::backward(AutogradContext* ctx, const variable_list& grads)
   std::array<bool, 3> mask;
   for (size_t i = 0; i < 3; ++i) mask[i] = ctx->needs_input_grad(edges[i]);
   // For a bias alone nothing is saved, and a second backward finds nothing missing.
-  const auto* const self = running_node<LinearNode>();
+  auto* const self = running_node<LinearNode>();
   const bool any =
       !self || self->should_compute_output(LinearNode::kInput) || self->should_compute_output(LinearNode::kWeight);
   auto saved = any ? ctx->get_saved_variables() : variable_list(2);
   TORCH_CHECK(saved.size() == 2, torch::autograd::ERR_BACKWARD_TWICE);
-  if (!grads[0].defined()) return {Tensor(), Tensor(), Tensor()};
+  if (!grads[0].defined()) return variable_list(3);
   const Tensor& kept = saved[0].defined() ? saved[0] : saved[1];
-  auto* const node = BackwardWay(grads[0], kept).unseen() ? running_node<LinearNode>() : nullptr;
+  auto* const node = BackwardWay(grads[0], kept).unseen() ? self : nullptr;
   auto* const gelu = node && mask[0] ? gelu_before(*node, grads[0]) : nullptr;
   const Tensor pre = gelu ? gelu->input() : Tensor();
-  const BackwardWay way(grads[0], kept);
+  const BackwardWay way(grads[0], kept);  // after gelu->input(), which may run any code
   Tensor sums, before;
   if (node && mask[2]) sums = node->sums.take(*node, grads[0]).value_or(Tensor());
   if (sums.defined()) {

@@ -10,7 +10,7 @@
 
 #include <mutex>
 
-#include "../gate/autograd.h"
+#include "autograd.h"
 #include "op.h"
 
 namespace nnfast {

@@ -1,14 +1,13 @@
 // The contract of Linear+GELU, and of GELU alone: schema, which calls are covered, shapes, autograd, autocast.
 #include <ATen/autocast_mode.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/gelu.h>
 #include <ATen/ops/gelu_backward.h>
 #include <torch/library.h>
 
-#include "../gate/paths.h"
 #include "linear.h"
+#include "paths.h"
 
 namespace nnfast {
 
@@ -229,10 +228,7 @@ Tensor recorded_gelu(Tensor output, const Tensor& self, bool tanh) {
 }
 
 Tensor gelu_autograd(const Tensor& self, c10::string_view approximate) {
-  const Tensor output = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return nnfast::gelu(self, approximate);
-  }();
+  const Tensor output = below_autograd(nnfast::gelu, self, approximate);
   return any_needs_grad(self) ? recorded_gelu(output, self, approximate == "tanh") : output;
 }
 
@@ -240,24 +236,21 @@ Tensor gelu_autograd(const Tensor& self, c10::string_view approximate) {
 Tensor gelu_backward_autograd(const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
   if (any_needs_grad(grad_output, self) || has_tangent(grad_output))
     return at::gelu_backward(grad_output, self, approximate);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return nnfast::gelu_backward(grad_output, self, approximate);
+  return below_autograd(nnfast::gelu_backward, grad_output, self, approximate);
 }
 
 std::tuple<Tensor, Tensor> gelu_backward_sum_autograd(
     const Tensor& grad_output, const Tensor& self, c10::string_view approximate) {
   if (any_needs_grad(grad_output, self) || has_tangent(grad_output))
     return gelu_backward_sum_aten(grad_output, self, approximate);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return gelu_backward_sum(grad_output, self, approximate);
+  return below_autograd(gelu_backward_sum, grad_output, self, approximate);
 }
 
 std::tuple<Tensor, Tensor, Tensor> gelu_linear_backward_autograd(
     const Tensor& grad_output, const Tensor& weight, const Tensor& self, c10::string_view approximate) {
   if (any_needs_grad(grad_output, weight, self) || has_tangent(grad_output))
     return gelu_linear_backward_aten(grad_output, weight, self, approximate);
-  at::AutoDispatchBelowADInplaceOrView guard;
-  return gelu_linear_backward(grad_output, weight, self, approximate);
+  return below_autograd(gelu_linear_backward, grad_output, weight, self, approximate);
 }
 
 // input, weight and bias as they are recorded, and what autocast made of them.
@@ -265,10 +258,8 @@ std::tuple<Tensor, Tensor> recorded_linear_gelu(
     const Tensor& input, const Tensor& weight, const OptTensor& bias, const Tensor& cast_input,
     const Tensor& cast_weight, const OptTensor& cast_bias, c10::string_view approximate, bool want_pre) {
   const bool recorded = any_needs_grad(input, weight, bias);
-  auto [output, pre] = [&] {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    return linear_gelu(cast_input, cast_weight, cast_bias, approximate, want_pre || recorded);
-  }();
+  auto [output, pre] =
+      below_autograd(linear_gelu, cast_input, cast_weight, cast_bias, approximate, want_pre || recorded);
   if (recorded) {
     record_linear(pre, input, weight, bias, cast_input, cast_weight);
     output = recorded_gelu(std::move(output), pre, approximate == "tanh");

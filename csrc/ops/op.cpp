@@ -8,7 +8,8 @@ namespace nnfast {
 
 bool (*cuda_kernels_load)(c10::DeviceIndex device) = nullptr;
 
-bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
+// Whether `allowed` has all of `keys`.
+static bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed) {
   // Subtracting key sets leaves the backend bits alone, so the bits themselves are compared.
   return (keys.raw_repr() & ~allowed.raw_repr()) == 0;
 }

@@ -1,6 +1,7 @@
 // What the contract of every op shares: how it is called through the dispatcher, and which calls are covered.
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
@@ -21,6 +22,13 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton()
       .findSchemaOrThrow((std::string("nnfast::") + name).c_str(), "")
       .typed<Signature>();
+}
+
+// What the op gives, below autograd.
+template <class F, class... T>
+auto below_autograd(F* op, const T&... args) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  return op(args...);
 }
 
 inline bool defined(const OptTensor& t) { return t.has_value() && t->defined(); }
@@ -51,19 +59,14 @@ inline void check_covered(bool covered, const char* op) {
       covered, "nnfast::", op, " does not cover this call; nnfast's functions hand it to torch");
 }
 
-// ---- the gate ----
+// ---- which calls are covered ----
 //
 // A call is ours when nothing but plain eager execution is going on (ordinary_thread), every tensor is a plain
 // strided one (ordinary), and the op's own covers_...() knows the dtypes and shapes. All of it is read off the
 // inputs of this call, so that a forward and its recomputation under checkpointing decide alike.
 
-// No functorch transform, no dispatch mode, no tracing.
+// No functorch transform, no dispatch mode, no tracing. ordinary_thread() is of the gate, for it asks Python.
 bool plain_thread();
-// And no function mode, no forward-mode AD. Asks Python.
-bool ordinary_thread();
-
-// Whether `allowed` has all of `keys`.
-bool within(c10::DispatchKeySet keys, c10::DispatchKeySet allowed);
 
 // Strided, dense, on a CPU or a GPU.
 bool ordinary(const Tensor& t);
@@ -99,6 +102,8 @@ void check_linear_backward(
     const Tensor& grad_out, const OptTensor& input, const OptTensor& weight, std::array<bool, 3> output_mask,
     std::optional<at::ScalarType> dtype, std::optional<at::ScalarType> input_dtype);
 bool covers_linear_gelu(const Tensor& input, const Tensor& weight, const OptTensor& bias, c10::string_view approximate);
+// The dimension of the classes.
+inline int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
 bool covers_cross_entropy(
     const Tensor& input, const Tensor& target, const OptTensor& weight, int64_t ignore_index, double label_smoothing,
     std::optional<at::ScalarType> dtype = std::nullopt);

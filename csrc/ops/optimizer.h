@@ -2,7 +2,6 @@
 // reads that struct: only `Flat` and the struct's call operator know the flat list.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <c10/core/InferenceMode.h>
 
 #include <array>
@@ -148,15 +147,20 @@ at::ScalarType norm_dtype(at::TensorList tensors);
 void check_in_place(at::TensorList params);
 void count_version(at::TensorList changed);
 
+template <class F>
+void in_place(at::TensorList changed, const F& call) {
+  check_in_place(changed);
+  {
+    const at::AutoDispatchBelowADInplaceOrView guard;
+    call();
+  }
+  count_version(changed);
+}
+
 template <class Call>
 void step_autograd(const Call& a) {
-  check_in_place(a.params);
-  {
-    at::AutoDispatchBelowADInplaceOrView guard;
-    a();
-  }
+  in_place(a.params, a);
   for (const auto& list : a.state) count_version(list);
-  count_version(a.params);
   count_version(a.state_steps);
   if (defined(a.grad_scale)) count_version(a.grads);
 }

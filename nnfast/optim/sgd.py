@@ -33,7 +33,7 @@ class SGD(NativeStep, torch.optim.SGD):
             # that a parameter is in the group.
             new = [p for p in group["params"] if p.grad is not None and "momentum_buffer" not in self.state[p]]
             for p in new if len(set(new)) == len(new) else ():
-                if not p.grad.is_sparse:
+                if not p.grad.is_sparse and p.grad.dtype == p.dtype:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         lists = [], [], []
         options = {

@@ -14,7 +14,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../ops/op.h"
+#include "op.h"
 
 namespace nnfast {
 
