@@ -8,7 +8,7 @@ or, for a model that is there already, ``nnfast.accelerate(model)``. ``python -m
 each op on this machine, and why.
 """
 
-__version__ = "0.1.0"  # here alone; setup and the doctor read it
+__version__ = "0.2.0.dev0"  # here alone; setup and the doctor read it
 
 from nnfast import nn as nn
 from nnfast import optim as optim
