@@ -183,7 +183,8 @@ def adamw_scalars_kernel(
     if device_lr is not None:
         rate = tl.full((BLOCK,), 1.0, tl.float64) * tl.load(device_lr).to(tl.float64)
     correction2 = tl.sqrt(1.0 - tl.exp(t * log_beta2))
-    tl.store(scalars + tensor, (1.0 - rate * weight_decay).to(tl.float32), mask=inside)
+    decay = tl.where(weight_decay != 0, 1.0 - rate * weight_decay, 1.0)  # an infinite rate times 0 is no number
+    tl.store(scalars + tensor, decay.to(tl.float32), mask=inside)
     step_size = rate / (1.0 - tl.exp(t * log_beta1)) * correction2
     tl.store(scalars + count + tensor, step_size.to(tl.float32), mask=inside)
     tl.store(scalars + 2 * count + tensor, (eps * correction2).to(tl.float32), mask=inside)
@@ -272,7 +273,8 @@ def adamw_triton(
         else:
             scalars, t = None, steps[0]
             correction2 = math.sqrt(1 - beta2**t)
-            decay, step_size = 1 - rate * weight_decay, rate / (1 - beta1**t) * correction2
+            decay = 1 - rate * weight_decay if weight_decay else 1.0
+            step_size = rate / (1 - beta1**t) * correction2
             scaled_eps = eps * correction2
         if len(chunks):
             adamw_kernel[(len(chunks),)](

@@ -387,12 +387,9 @@ struct LinearCrossEntropy {
       throw;
     }
     for (int i = 0; i < 3; ++i) {
-      if (!alone[i])
-        out[i] = copies[i];
-      else if (out[i].defined())
-        out[i] = out[i].detach();
-      // Takes no memory, which could run out.
-      if (alone[i] && out[i].defined() && factor != 1) scale_(out[i], factor);
+      if (!out[i].defined()) continue;
+      out[i] = alone[i] ? out[i].detach() : copies[i];
+      if (alone[i] && factor != 1) scale_(out[i], factor);  // takes no tensor's memory, which could run out
     }
     return out;
   }
